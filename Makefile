@@ -1,0 +1,46 @@
+# One door to everything: `make help`.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV ?= .venv
+PY := $(VENV)/bin/python
+export OPENBLAS_NUM_THREADS := 1
+
+.PHONY: help setup check format test test-unit test-system demo bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+setup: ## make .venv with everything a developer needs (apt where it may, else one clear error)
+	@bash scripts/setup.sh dev
+
+check: setup ## format, lint, types, import contracts, unit and contract tests
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(PY) -m pytest tests/unit
+
+format: setup ## let ruff write the format
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+test-unit: setup ## unit and contract tests only
+	$(PY) -m pytest tests/unit
+
+test-system: setup ## system tests: real Mosquitto, real models, real browser
+	$(PY) -m pytest tests/system
+
+test: ## everything CI runs; installs what it needs
+	@$(MAKE) check
+	$(PY) -m pytest tests/system
+	@$(MAKE) demo ONCE=1
+
+demo: ## the main story on real parts; ONCE=1 checks it and exits
+	@bash scripts/setup.sh demo
+	$(PY) -m demo $(if $(ONCE),--once,)
+
+bench: setup ## every question in benchmarks/, side by side
+	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
+
+clean: ## remove everything the targets above made
+	rm -rf $(VENV) .demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info

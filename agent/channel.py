@@ -1,0 +1,180 @@
+"""Messages between the control process and its data plane, and the framed socket they travel on.
+
+One Unix socket pair, inherited by the data plane as the file descriptor named in ``EW_CHANNEL_FD``. A frame is a
+4-byte big-endian length and a JSON object; frames are capped. Control orders, the data plane answers and sends the
+*difference* of its statistics once a second. Neither side interprets the other's state: what to do about an answer is
+decided in ``core/``.
+"""
+
+import socket
+import struct
+import threading
+from contextlib import suppress
+from typing import TypeVar
+
+import msgspec
+
+from protocol.states import RuntimeName, Task
+from protocol.statistics import ModelStatistics, TruthStatistics
+
+MAX_FRAME = 4 * 1024 * 1024  # bytes; a second's statistics of 32 models with 1000 classes stay below
+CHANNEL_FD = "EW_CHANNEL_FD"
+LISTEN_FDS = "EW_LISTEN_FDS"  # comma-separated: listening sockets that control holds
+_HEADER = struct.Struct(">I")
+
+
+class Serve(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Order: load this bundle, warm it beside what serves under the same name, flip, drain, drop the old."""
+
+    ticket: int  # echoed in the answer
+    model: str
+    version: int
+    digest: str  # sha256 hex of the bundle
+    folder: str  # extracted bundle
+
+
+class Withdraw(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Order: stop serving a model."""
+
+    ticket: int
+    model: str
+
+
+class Drain(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Order: finish what is in flight, send the last statistics, exit with 0."""
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The data plane accepts orders. Sent once, first."""
+
+    pid: int
+    runtimes: tuple[RuntimeName, ...]
+
+
+class Serving(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Answer to `Serve`: the flip happened."""
+
+    ticket: int
+    model: str
+    version: int
+    digest: str
+    runtime: RuntimeName
+    took_us: int  # load + warm + flip
+
+
+class Withdrawn(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Answer to `Withdraw`."""
+
+    ticket: int
+    model: str
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Answer to an order that could not be carried out; what served before serves on."""
+
+    ticket: int
+    model: str
+    reason: str
+
+
+class StatisticsDelta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What happened since the last delta. A delta that was sent is never sent again."""
+
+    models: tuple[ModelStatistics, ...] = ()
+    truth: tuple[TruthStatistics, ...] = ()
+    unknown_truth: int = 0  # feedback for predictions no longer remembered
+
+
+Order = Serve | Withdraw | Drain
+Answer = Ready | Serving | Withdrawn | Refused | StatisticsDelta
+
+
+class TrialRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What the trial child is to try: standard input of ``python -m agent.inference.trial``."""
+
+    bundle: str  # path of the downloaded .ewb
+    folder: str  # empty folder to unpack into
+    task: Task = Task.CLASSIFICATION
+    runtime: str = "auto"  # auto | litert | tflite-runtime
+    memory_bytes: int  # data segment allowed beyond what the runtime itself takes (RLIMIT_DATA)
+    cpu_seconds: int
+    manifest_sha256: str | None = None
+
+
+class TrialVerdict(msgspec.Struct, frozen=True, kw_only=True):
+    """What the trial child found: its one line of standard output. No line, or an exit code other than 0: failed."""
+
+    passed: bool
+    reason: str = ""  # RejectReason value when not passed
+    detail: str = ""
+    runtime: RuntimeName | None = None
+    latency_us: int | None = None  # median of the warm runs
+    peak_memory: int | None = None  # bytes
+    golden: int = 0  # golden samples that agreed
+    network: str = ""  # how the network was taken away: unshare, seccomp
+
+
+class ChannelClosed(ConnectionError):
+    """The other side is gone, or sent something that is not a frame."""
+
+
+T = TypeVar("T")
+
+
+class Channel:
+    """A framed socket. Sending is safe from several threads; one thread receives."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Take over a connected stream socket."""
+        self._sock = sock
+        self._sending = threading.Lock()
+
+    def send(self, message: Order | Answer) -> None:
+        """Send one message; raise `ChannelClosed`."""
+        body = msgspec.json.encode(message)
+        with self._sending:
+            try:
+                self._sock.sendall(_HEADER.pack(len(body)) + body)
+            except OSError as error:
+                raise ChannelClosed(str(error)) from error
+
+    def receive_order(self) -> Order:
+        """Wait for the next order; raise `ChannelClosed`."""
+        order: Order = self._receive(_orders)
+        return order
+
+    def receive_answer(self) -> Answer:
+        """Wait for the next answer; raise `ChannelClosed`."""
+        answer: Answer = self._receive(_answers)
+        return answer
+
+    def close(self) -> None:
+        """Close the socket; the other side sees `ChannelClosed`."""
+        with suppress(OSError):  # the other side may be gone already
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+    def _receive(self, decoder: "msgspec.json.Decoder[T]") -> T:
+        (length,) = _HEADER.unpack(self._read(_HEADER.size))
+        if length > MAX_FRAME:
+            raise ChannelClosed(f"a frame of {length} bytes is over the cap of {MAX_FRAME}")
+        try:
+            return decoder.decode(self._read(length))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ChannelClosed(f"not a message: {error}") from error
+
+    def _read(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            try:
+                chunk = self._sock.recv(size - len(data))
+            except OSError as error:
+                raise ChannelClosed(str(error)) from error
+            if not chunk:
+                raise ChannelClosed("the other side closed the channel")
+            data += chunk
+        return bytes(data)
+
+
+_orders = msgspec.json.Decoder(Serve | Withdraw | Drain)
+_answers = msgspec.json.Decoder(Ready | Serving | Withdrawn | Refused | StatisticsDelta)

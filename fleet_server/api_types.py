@@ -1,0 +1,197 @@
+"""What the REST API says and hears (`/api/v1`), shared by `web/` and `cli/`.
+
+Frozen structs only. Times are UTC ms, durations µs. Bytes travel as base64. Errors are RFC 9457 problem+json
+(`Problem`). A figure that people act on comes with its n and interval (`protocol.metrics.Proportion`).
+"""
+
+import msgspec
+
+from protocol.messages import Resources
+from protocol.metrics import Proportion
+from protocol.states import DeploymentState, EventKind, PresenceState, RejectReason, Task
+
+API = "/api/v1"
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True):
+    """RFC 9457."""
+
+    status: int
+    title: str
+    detail: str = ""
+    type: str = "about:blank"
+
+
+class LoginRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /login; answers with the session cookie."""
+
+    user: str
+    password: str
+
+
+class Overview(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /overview."""
+
+    version: str
+    epoch: str
+    now: int
+    trust_ready: bool  # both roots are there, devices can enrol
+    broker_up: bool
+    devices: dict[str, int]  # presence state -> how many
+    reports: int  # rows stored
+    dead_letters: int
+
+
+class TrustStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /trust."""
+
+    ready: bool
+    ca_key_sha256: str
+    image_root_sha256: str | None
+    image_root_version: int | None
+    director_root_version: int | None
+    targets_version: int | None
+    targets_expires: str | None  # ISO 8601
+
+
+class OnlineKeysView(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /trust/online-keys: role -> TUF key object (keyid, keytype, scheme, keyval) as JSON text."""
+
+    director: dict[str, str]
+    image: dict[str, str]
+
+
+class Roots(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /trust/roots: signed offline by ``edgewarden keys init``."""
+
+    image_root: bytes
+    image_targets: bytes  # version 1, empty
+    director_root: bytes
+
+
+class Publication(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /models/publish: targets metadata n+1, signed offline. Bundles are uploaded first."""
+
+    targets: bytes
+
+
+class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /models: one published variant."""
+
+    model: str
+    version: int
+    variant: str
+    family: str
+    title: str
+    task: Task
+    sha256: str
+    length: int
+    published_at: int
+    running_on: int = 0  # devices that serve it now
+    accuracy: Proportion | None = None  # from all labelled predictions of this version in the fleet
+
+
+class TokenRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /tokens."""
+
+    uses: int = 1
+    life_seconds: int = 3600
+    labels: dict[str, str] = {}
+
+
+class TokenCreated(msgspec.Struct, frozen=True, kw_only=True):
+    """The only time the token is shown."""
+
+    token: str
+    expires_at: int
+
+
+class ModelOnDevice(msgspec.Struct, frozen=True, kw_only=True):
+    """One model on one device: wanted against running."""
+
+    model: str
+    wanted_version: int | None
+    running_version: int | None
+    running_digest: str | None
+    state: DeploymentState
+    reason: RejectReason | None = None
+    requests: int = 0  # over the recent span
+    errors: int = 0
+    p50_us: float | None = None
+    p95_us: float | None = None
+    accuracy: Proportion | None = None  # of the running version over the recent span
+
+
+class DeviceView(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /devices and /devices/{id}."""
+
+    id: str
+    labels: dict[str, str]
+    presence: PresenceState
+    last_seen: int | None
+    agent: str | None
+    device_class: str | None
+    director_version_wanted: int
+    director_version_accepted: int
+    models: tuple[ModelOnDevice, ...]
+    resources: Resources | None
+    reports: int  # stored
+    missing: int  # sequence numbers known to be missing
+    facts: dict[str, str] = {}
+
+
+class EventView(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /events, newest first."""
+
+    row: int
+    device: str
+    at: int
+    received_at: int
+    kind: EventKind
+    model: str | None = None
+    version: int | None = None
+    state: DeploymentState | None = None
+    reason: RejectReason | None = None
+    detail: str = ""
+
+
+class SeriesPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /devices/{id}/series?model=M: one window."""
+
+    start: int
+    span: int
+    version: int | None
+    requests: int
+    errors: int
+    p50_us: float | None
+    p95_us: float | None
+    accuracy: Proportion | None
+
+
+class DeployRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /deployments. Exactly one of ``devices`` and ``all`` must choose the devices."""
+
+    model: str
+    version: int
+    variant: str | None = None
+    devices: tuple[str, ...] = ()
+    all: bool = False
+
+
+class RollbackRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /rollbacks. Without ``to`` each device gets the version it last committed before."""
+
+    model: str
+    to: int | None = None
+    devices: tuple[str, ...] = ()
+    all: bool = False
+
+
+class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
+    """What an order came to: device -> version, and why some devices were left out."""
+
+    id: str
+    kind: str
+    model: str
+    targets: dict[str, int]
+    skipped: dict[str, str] = {}
