@@ -8,13 +8,22 @@ a person on this device.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from agent.channel import Answer, Order, TrialVerdict
+from agent.core.deployment import Deployment
+from agent.core.facts import DeviceFacts as DeviceFacts
+from agent.core.facts import Target as Target
+from agent.core.facts import VerifiedDesire as VerifiedDesire
+from protocol.device_api import EnrolRequest, EnrolResponse
 from protocol.manifest import Manifest
 from protocol.messages import DesiredState, Resources
-from protocol.release import Assignment, DeviceConfig, Release
-from protocol.states import RejectReason, RuntimeName
+from protocol.states import DeploymentState, EventKind, RejectReason
+
+T = TypeVar("T")
+
+TELEMETRY = "telemetry"  # the two streams of the spool; each numbers its records from 1
+EVENTS = "events"
 
 
 # ---------------------------------------------------------------- errors
@@ -52,33 +61,20 @@ class Trouble(AgentError):
 
 # ---------------------------------------------------------------- facts
 @dataclass(frozen=True, kw_only=True)
-class Target:
-    """One model the fleet wants here; both repositories agree on it."""
-
-    release: Release
-    assignment: Assignment
-    sha256: str
-    length: int
-    floor: int = 0  # lowest version of this model that may run
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerifiedDesire:
-    """A desired state that passed both repositories."""
-
-    director_version: int
-    issued: int  # UTC ms
-    targets: tuple[Target, ...]
-    config: DeviceConfig
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrustVersions:
     """What the birth says of the trust this device holds."""
 
     director: int = 0
     director_root: int = 1
     image_root: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecalledDesire:
+    """What this device last accepted, verified again from its own disk without the server."""
+
+    desire: VerifiedDesire
+    expired: bool  # keep serving what it names; install nothing new from it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,10 +224,65 @@ class Host(Protocol):
     def facts(self) -> dict[str, str]: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class DeviceFacts:
-    """What this device is; decides whether a release fits it."""
+class EventLog(Protocol):
+    """Where drivers tell what happened; the record reaches the server some day, in order."""
 
-    device_class: str
-    runtimes: tuple[RuntimeName, ...]
-    memory_total: int  # bytes
+    def record(
+        self,
+        *,
+        kind: EventKind,
+        model: str | None = None,
+        version: int | None = None,
+        digest: str | None = None,
+        state: DeploymentState | None = None,
+        reason: RejectReason | None = None,
+        attempt: int | None = None,
+        detail: str = "",
+    ) -> None: ...
+
+
+class Deployments(Protocol):
+    """The update machines' memory."""
+
+    def load(self) -> Mapping[str, Deployment]:
+        """Return the record of each model."""
+
+    def save(self, record: Deployment) -> None:
+        """Store a record durably before this returns."""
+
+
+class Background(Protocol):
+    """Runs blocking work away from the main thread and hands its result back on the main thread."""
+
+    def submit(self, name: str, work: Callable[[], T], done: Callable[[T], None]) -> None:
+        """Run ``work`` and later call ``done`` with what it returned. ``work`` must not raise."""
+
+
+class EnrolmentServer(Protocol):
+    """The open part of the server's device API. Errors: `Weather`, or `Trouble` with what the server advises."""
+
+    @property
+    def url(self) -> str:
+        """Return where the server is: ``https://host:port``."""
+
+    def ca(self) -> str:
+        """Return the server's CA (PEM) over TLS that nobody vouches for yet: worth nothing until it is compared."""
+
+    def enrol(self, request: EnrolRequest, ca: str) -> EnrolResponse:
+        """Send the request over TLS that is verified against ``ca``."""
+
+
+class Credentials(Protocol):
+    """This device's key, certificate and trust anchors on disk. Errors: `Trouble`."""
+
+    def enrolled(self) -> bool:
+        """Tell whether an earlier enrolment was completed."""
+
+    def request(self, device: str) -> str:
+        """Return a CSR (PEM) for the device's key; the key is made first if there is none, and never replaced."""
+
+    def key_pin(self, certificate: str) -> str:
+        """Return the SHA-256 (hex) of a certificate's public key, as enrolment tokens carry it."""
+
+    def accept(self, device: str, server: str, response: EnrolResponse) -> None:
+        """Check that the certificate is for this device and its key, and from that CA; store everything durably."""

@@ -1,0 +1,120 @@
+"""Verified bundles on disk: ``models/<sha256>/`` each extracted, and the pointer to the active ones.
+
+Never writes over a file that may be loaded (a loaded ``.tflite`` is mapped into memory; changing it kills the
+process). The pointer ``active.json`` is replaced in one atomic, durable step. Members are hashed when a bundle is
+first asked for in this process, so that one damaged on disk is never loaded. What to keep is decided by the caller.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from agent.adapters.atomic_file import flush_folder, read_capped, write_atomically
+from agent.ports import Refusal, StoredModel, Trouble
+from protocol.bundle import digest_of_stream
+from protocol.manifest import MANIFEST_NAME, BadManifest, Manifest, decode_manifest
+from protocol.names import MAX_MANIFEST, SHA256_HEX, check_name
+from protocol.states import RejectReason
+
+log = logging.getLogger(__name__)
+
+MAX_POINTER = 1024 * 1024  # bytes
+_STAGING = ".staging"
+
+
+class FolderStore:
+    """A model store in one folder of its own."""
+
+    def __init__(self, root: Path) -> None:
+        """Make the folder; leftovers of a killed process are removed."""
+        self._models = root / "models"
+        self._pointer = root / "active.json"
+        self._verified: dict[str, StoredModel] = {}
+        self._models.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self._models / _STAGING, ignore_errors=True)
+
+    def stage(self, digest: str) -> str:
+        """Return a fresh, empty folder to unpack a candidate into."""
+        folder = self._models / _STAGING / check_name("digest", digest, SHA256_HEX)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return str(folder)
+
+    def admit(self, digest: str) -> StoredModel:
+        """Move the staged folder into the store, durably; raise `Refusal` when a member is not what was signed."""
+        staged = self._models / _STAGING / check_name("digest", digest, SHA256_HEX)
+        manifest = _verify(staged)
+        for name in (MANIFEST_NAME, *manifest.members):
+            _sync_file(staged / name)
+        flush_folder(staged)
+        final = self._models / digest
+        shutil.rmtree(final, ignore_errors=True)
+        staged.rename(final)
+        flush_folder(self._models)
+        return self._remember(digest, manifest)
+
+    def find(self, digest: str) -> StoredModel | None:
+        """Return a stored bundle whose every member still has its hash, or None (a damaged one is removed)."""
+        if digest in self._verified:
+            return self._verified[digest]
+        folder = self._models / check_name("digest", digest, SHA256_HEX)
+        if not folder.is_dir():
+            return None
+        try:
+            return self._remember(digest, _verify(folder))
+        except Refusal as refusal:
+            log.error("stored bundle %s is damaged and removed: %s", digest[:16], refusal.detail)
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+
+    def active(self) -> Mapping[str, str]:
+        """Return {model: digest} of the active pointer; an unreadable pointer counts as empty, and is said."""
+        try:
+            return msgspec.json.decode(read_capped(self._pointer, MAX_POINTER) or b"{}", type=dict[str, str])
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            log.error("%s is unreadable, no model is active: %s", self._pointer, error)
+            return {}
+
+    def activate(self, model: str, digest: str | None) -> None:
+        """Point a model to a digest (None: to nothing), in one atomic, durable step."""
+        pointer = {name: value for name, value in self.active().items() if name != model}
+        if digest is not None:
+            pointer[model] = check_name("digest", digest, SHA256_HEX)
+        write_atomically(self._pointer, msgspec.json.encode(pointer, order="sorted"))
+
+    def collect(self, keep: Sequence[str]) -> None:
+        """Remove stored bundles and leftovers except these digests."""
+        for folder in self._models.iterdir():
+            if folder.name not in keep:
+                self._verified.pop(folder.name, None)
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _remember(self, digest: str, manifest: Manifest) -> StoredModel:
+        stored = StoredModel(digest=digest, folder=str(self._models / digest), manifest=manifest)
+        self._verified[digest] = stored
+        return stored
+
+
+def _verify(folder: Path) -> Manifest:
+    """Return the manifest of an extracted bundle whose members all have their hashes; raise `Refusal`."""
+    try:
+        manifest = decode_manifest(read_capped(folder / MANIFEST_NAME, MAX_MANIFEST) or b"")
+        for name, expected in manifest.members.items():
+            with (folder / name).open("rb") as member:
+                if digest_of_stream(member) != expected:
+                    raise Refusal(RejectReason.HASH_MISMATCH, f"{name} has changed on disk")
+    except (OSError, Trouble, BadManifest) as error:
+        raise Refusal(RejectReason.BAD_BUNDLE, f"{folder.name[:16]}: {error}") from error
+    return manifest
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,115 @@
+"""The agent's settings: what may stand in ``agent.toml``, with defaults and bounds.
+
+Settings are read once at start and passed on; what the fleet server may change at run time comes signed with the
+desired state instead. docs/reference/settings.md is checked against this file.
+"""
+
+import platform
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from protocol.settings import MAX_SETTINGS, BadSettings, decode_settings
+
+DEFAULT_STATE = "/var/lib/edgewarden-agent"
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every table: an unknown key is an error."""
+
+
+class DeviceSettings(Section, frozen=True, kw_only=True):
+    """``[device]``: what this machine is, and where the agent keeps its state."""
+
+    state: str = DEFAULT_STATE  # folder: identity, trust, models, spool
+    device_class: str = msgspec.field(default="", name="class")  # empty: the machine's architecture
+    timezone: str = "UTC"  # IANA; maintenance hours are in it
+
+
+class InferenceSettings(Section, frozen=True, kw_only=True):
+    """``[inference]``: where local clients are answered, and with what."""
+
+    unix: str = "/run/edgewarden-agent/inference.sock"  # empty: no unix socket
+    http: str = "127.0.0.1:8500"  # loopback only; empty: no TCP
+    runtime: Literal["auto", "litert", "tflite-runtime"] = "auto"
+    instances: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1  # interpreters per model
+    threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1  # threads per interpreter
+    queue: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 64  # requests that may wait per model
+    max_body: Annotated[int, msgspec.Meta(ge=1024, le=2**30)] = 64 * 1024 * 1024  # bytes
+    feedback_on_tcp: bool = False  # truth is taken on the unix socket only, unless set
+
+
+class TelemetrySettings(Section, frozen=True, kw_only=True):
+    """``[telemetry]``: how often is reported, and how much is kept while the server is away."""
+
+    window_seconds: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 60
+    spool_bytes: Annotated[int, msgspec.Meta(ge=65536, le=2**30)] = 8 * 1024 * 1024
+
+
+class UpdateSettings(Section, frozen=True, kw_only=True):
+    """``[update]``: how a new model is tried."""
+
+    probation_seconds: Annotated[int, msgspec.Meta(ge=1, le=86400)] = 60
+    trial_seconds: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 60  # wall clock of the trial child
+
+
+class MqttSettings(Section, frozen=True, kw_only=True):
+    """``[mqtt]``: how the connection to the broker is kept."""
+
+    keepalive_seconds: Annotated[int, msgspec.Meta(ge=5, le=120)] = 60
+    will_delay_seconds: Annotated[int, msgspec.Meta(ge=0, le=3600)] = 30
+    reconnect_seconds: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 60  # longest pause between tries
+
+
+class AgentSettings(Section, frozen=True, kw_only=True):
+    """The whole of ``agent.toml``."""
+
+    device: DeviceSettings = DeviceSettings()
+    inference: InferenceSettings = InferenceSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+    update: UpdateSettings = UpdateSettings()
+    mqtt: MqttSettings = MqttSettings()
+
+
+def load_settings(path: Path) -> AgentSettings:
+    """Read ``agent.toml``; raise `BadSettings` naming the file, the line and the key."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_SETTINGS + 1)
+        settings = decode_settings(data.decode(), AgentSettings, str(path))
+    except OSError as error:
+        raise BadSettings(str(path), 0, f"cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BadSettings(str(path), 0, "is not UTF-8 text") from error
+    _check(settings, str(path))
+    return settings
+
+
+def device_class(settings: DeviceSettings) -> str:
+    """Return the operator's label, else the machine's architecture."""
+    return settings.device_class or platform.machine()
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return host and port of ``127.0.0.1:8500`` or ``[::1]:8500``; raise ValueError."""
+    match = re.fullmatch(r"(?:\[([0-9a-fA-F:]+)\]|([^:\[\]]+)):(\d{1,5})", address)
+    if match is None or int(match[3]) > 65535:  # noqa: PLR2004 - the highest port
+        raise ValueError(f"{address!r} is not HOST:PORT")
+    return match[1] or match[2], int(match[3])
+
+
+def _check(settings: AgentSettings, file: str) -> None:
+    inference = settings.inference
+    if not inference.unix and not inference.http:
+        raise BadSettings(file, 0, "inference.unix and inference.http are both empty: nobody could ask")
+    if inference.http:
+        try:
+            host, _ = split_address(inference.http)
+        except ValueError as error:
+            raise BadSettings(file, 0, f"inference.http: {error}") from error
+        if host not in ("127.0.0.1", "localhost", "::1"):
+            raise BadSettings(
+                file, 0, f"inference.http: {host} is not a loopback address; put a proxy before it instead"
+            )

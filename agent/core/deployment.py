@@ -1,0 +1,301 @@
+"""THE update machine of one model on one device: states, events, effects, and where power loss resumes.
+
+Rule 1: everything that decides what happens next to a model stands in this file; the driver (``agent/updater.py``)
+performs effects and reports events, and chooses nothing.
+Rule 2: a record is persisted *before* its effect runs, so an effect may run twice and must be repeatable.
+Rule 3: an event that a state does not expect changes nothing and is an error (`IllegalTransition`).
+
+The states' meanings are in ``protocol/states.py``. `TABLE` is the whole machine; `RESUME` says which effect runs
+again after the agent was killed in a state. Three counters bend the table, each with a named maximum: downloads that
+the weather stopped, deaths of the data plane, and power losses in probation.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import msgspec
+
+from agent.core.facts import Target
+from protocol.states import DeploymentState, RejectReason
+
+MAX_DOWNLOAD_TRIES = 50  # with back-off up to 15 min that is half a day of bad weather
+MAX_SWAP_TRIES = 2  # the data plane died while taking the model up
+MAX_PROBATION_CRASHES = 2  # one crash may be an accident; the second takes the model back
+MAX_PROBATION_INTERRUPTIONS = 2  # power losses or agent restarts in probation
+
+
+class Event(str, Enum):
+    """What happened to a model's update."""
+
+    ASSIGNED = "assigned"  # a verified desired state names a target to pursue
+    WITHDRAWN = "withdrawn"  # the desired state names this model no more
+    FITS = "fits"  # the release fits this device; its bytes are not here
+    STORED = "stored"  # it fits, and a verified copy is in the store
+    REFUSED = "refused"  # the content is not acceptable; the reason says why
+    DOWNLOADED = "downloaded"  # whole, and the hash is right
+    INTERRUPTED = "interrupted"  # the weather stopped a download
+    CLEARED = "cleared"  # nothing speaks against the trial now
+    PASSED = "passed"  # the trial child said yes, and the store admitted it
+    SERVING = "serving"  # the data plane flipped to it, and the pointer says so
+    SWAP_REFUSED = "swap-refused"  # the data plane could not take it up; the old one serves on
+    PLANE_DIED = "plane-died"  # the data plane process ended unasked
+    SURVIVED = "survived"  # probation is over
+    REVERTED = "reverted"  # the version before serves again
+    REVERT_FAILED = "revert-failed"  # there is nothing to go back to
+
+
+class Effect(str, Enum):
+    """What the driver does on entering a state."""
+
+    REST = "rest"  # nothing; wait for an assignment
+    ADMIT = "admit"  # does it fit? is it here already?
+    DOWNLOAD = "download"
+    DOWNLOAD_LATER = "download-later"  # the same, after a back-off
+    CHECK_ROOM = "check-room"  # memory for a trial beside what serves
+    TRY = "try"  # run the trial child, then admit to the store
+    SWAP = "swap"  # let the data plane serve it
+    WATCH = "watch"  # start the probation clock
+    TIDY = "tidy"  # collect what is no longer needed
+    REVERT = "revert"  # serve the last committed version again
+    START_OVER = "start-over"  # stop what runs, then assign anew
+    REMOVE = "remove"  # stop serving the model
+
+
+class Serving(msgspec.Struct, frozen=True, kw_only=True):
+    """A version that serves, or did."""
+
+    version: int
+    digest: str
+
+
+class Deployment(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that must survive power loss about one model's update."""
+
+    model: str
+    state: DeploymentState = DeploymentState.IDLE
+    since: int = 0  # UTC ms of the last transition
+    target: Target | None = None
+    serving: Serving | None = None
+    committed: Serving | None = None  # the newest version that passed probation
+    previous: Serving | None = None  # the one committed before it; its bundle stays on disk for a rollback
+    reason: RejectReason | None = None
+    detail: str = ""
+    download_tries: int = 0
+    swap_tries: int = 0
+    crashes: int = 0
+    interruptions: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Happened:
+    """An event with what it carries."""
+
+    event: Event
+    target: Target | None = None  # of ASSIGNED
+    reason: RejectReason | None = None  # of REFUSED, SWAP_REFUSED
+    detail: str = ""
+
+
+class IllegalTransition(Exception):
+    """A state met an event it does not expect: a bug in the driver. The record is unchanged."""
+
+    def __init__(self, state: DeploymentState, event: Event) -> None:
+        """Name both."""
+        super().__init__(f"{state.value} does not expect {event.value}")
+        self.state = state
+        self.event = event
+
+
+S, E, F = DeploymentState, Event, Effect
+
+# fmt: off
+TABLE: dict[tuple[DeploymentState, Event], tuple[DeploymentState, Effect]] = {
+    # at rest: a target is taken up, or the model is withdrawn
+    (S.IDLE,         E.ASSIGNED):      (S.VERIFIED,     F.ADMIT),
+    (S.COMMITTED,    E.ASSIGNED):      (S.VERIFIED,     F.ADMIT),
+    (S.ROLLED_BACK,  E.ASSIGNED):      (S.VERIFIED,     F.ADMIT),
+    (S.FAILED,       E.ASSIGNED):      (S.VERIFIED,     F.ADMIT),
+    (S.REJECTED,     E.ASSIGNED):      (S.VERIFIED,     F.ADMIT),
+    (S.SUPERSEDED,   E.ASSIGNED):      (S.VERIFIED,     F.ADMIT),
+    (S.COMMITTED,    E.WITHDRAWN):     (S.IDLE,         F.REMOVE),
+    (S.ROLLED_BACK,  E.WITHDRAWN):     (S.IDLE,         F.REMOVE),
+    (S.FAILED,       E.WITHDRAWN):     (S.IDLE,         F.REMOVE),
+    (S.REJECTED,     E.WITHDRAWN):     (S.IDLE,         F.REMOVE),
+    (S.SUPERSEDED,   E.WITHDRAWN):     (S.IDLE,         F.REMOVE),
+
+    # on the way
+    (S.VERIFIED,     E.FITS):          (S.DOWNLOADING,  F.DOWNLOAD),
+    (S.VERIFIED,     E.STORED):        (S.SWAPPING,     F.SWAP),      # e.g. a rollback: nothing to fetch or try again
+    (S.VERIFIED,     E.REFUSED):       (S.REJECTED,     F.TIDY),
+    (S.VERIFIED,     E.INTERRUPTED):   (S.FAILED,       F.TIDY),
+    (S.DOWNLOADING,  E.DOWNLOADED):    (S.STAGED,       F.CHECK_ROOM),
+    (S.DOWNLOADING,  E.INTERRUPTED):   (S.DOWNLOADING,  F.DOWNLOAD_LATER),  # at most MAX_DOWNLOAD_TRIES
+    (S.DOWNLOADING,  E.REFUSED):       (S.REJECTED,     F.TIDY),
+    (S.STAGED,       E.CLEARED):       (S.SELFTEST,     F.TRY),
+    (S.STAGED,       E.REFUSED):       (S.REJECTED,     F.TIDY),
+    (S.SELFTEST,     E.PASSED):        (S.SWAPPING,     F.SWAP),
+    (S.SELFTEST,     E.REFUSED):       (S.REJECTED,     F.TIDY),
+    (S.SELFTEST,     E.INTERRUPTED):   (S.DOWNLOADING,  F.DOWNLOAD_LATER),  # the staged file is gone
+
+    # another assignment, or none, before this one has changed what serves
+    (S.VERIFIED,     E.ASSIGNED):      (S.SUPERSEDED,   F.START_OVER),
+    (S.DOWNLOADING,  E.ASSIGNED):      (S.SUPERSEDED,   F.START_OVER),
+    (S.STAGED,       E.ASSIGNED):      (S.SUPERSEDED,   F.START_OVER),
+    (S.SELFTEST,     E.ASSIGNED):      (S.SUPERSEDED,   F.START_OVER),
+    (S.VERIFIED,     E.WITHDRAWN):     (S.SUPERSEDED,   F.START_OVER),
+    (S.DOWNLOADING,  E.WITHDRAWN):     (S.SUPERSEDED,   F.START_OVER),
+    (S.STAGED,       E.WITHDRAWN):     (S.SUPERSEDED,   F.START_OVER),
+    (S.SELFTEST,     E.WITHDRAWN):     (S.SUPERSEDED,   F.START_OVER),
+
+    # the flip, and the time after it; an assignment that comes during a flip waits for its end
+    (S.SWAPPING,     E.SERVING):       (S.PROBATION,    F.WATCH),
+    (S.SWAPPING,     E.SWAP_REFUSED):  (S.FAILED,       F.TIDY),
+    (S.SWAPPING,     E.PLANE_DIED):    (S.SWAPPING,     F.SWAP),      # at most MAX_SWAP_TRIES
+    (S.PROBATION,    E.SURVIVED):      (S.COMMITTED,    F.TIDY),
+    (S.PROBATION,    E.PLANE_DIED):    (S.PROBATION,    F.WATCH),     # at most MAX_PROBATION_CRASHES
+    (S.PROBATION,    E.ASSIGNED):      (S.VERIFIED,     F.ADMIT),     # e.g. a rollback while still on probation
+    (S.PROBATION,    E.WITHDRAWN):     (S.IDLE,         F.REMOVE),
+    (S.ROLLING_BACK, E.REVERTED):      (S.ROLLED_BACK,  F.TIDY),
+    (S.ROLLING_BACK, E.REVERT_FAILED): (S.FAILED,       F.TIDY),
+    (S.ROLLING_BACK, E.PLANE_DIED):    (S.ROLLING_BACK, F.REVERT),
+}
+
+# After the agent was killed in a state: the effect that runs again. SWAPPING and PROBATION are decided in `resume`,
+# the one by the pointer on disk, the other by how often it was interrupted.
+RESUME: dict[DeploymentState, Effect] = {
+    S.IDLE:         F.REST,
+    S.VERIFIED:     F.ADMIT,
+    S.DOWNLOADING:  F.DOWNLOAD,   # goes on from the last byte on disk
+    S.STAGED:       F.CHECK_ROOM,
+    S.SELFTEST:     F.TRY,        # in a fresh folder
+    S.SWAPPING:     F.SWAP,       # unless the pointer already names the target
+    S.PROBATION:    F.WATCH,      # from the start; at most MAX_PROBATION_INTERRUPTIONS
+    S.COMMITTED:    F.TIDY,
+    S.ROLLING_BACK: F.REVERT,
+    S.ROLLED_BACK:  F.TIDY,
+    S.FAILED:       F.TIDY,
+    S.REJECTED:     F.TIDY,
+    S.SUPERSEDED:   F.TIDY,
+}
+# fmt: on
+
+AT_REST = frozenset({S.IDLE, S.COMMITTED, S.ROLLED_BACK, S.FAILED, S.REJECTED, S.SUPERSEDED})
+IN_FLIGHT = frozenset({S.VERIFIED, S.DOWNLOADING, S.STAGED, S.SELFTEST, S.SWAPPING, S.ROLLING_BACK})
+UNDIVIDED = frozenset({S.SWAPPING, S.ROLLING_BACK})  # nothing new is taken up before these end
+
+
+def advance(record: Deployment, happened: Happened, now: int) -> tuple[Deployment, Effect]:
+    """Return the next record and the effect to run once it is persisted; raise `IllegalTransition`."""
+    try:
+        state, effect = TABLE[record.state, happened.event]
+    except KeyError:
+        raise IllegalTransition(record.state, happened.event) from None
+    counted = _count(record, happened.event)
+    if exhausted := _exhausted(counted, happened):
+        return _enter(counted, *exhausted, now=now)
+    return _enter(_take_up(counted, state, happened), state, effect, happened.reason, happened.detail, now=now)
+
+
+def resume(record: Deployment, active_digest: str | None, now: int) -> tuple[Deployment, Effect]:
+    """Return where a record goes on after the agent was started again.
+
+    ``active_digest`` is what the pointer on disk names for this model: it alone decides a swap that was cut short.
+    """
+    if record.state is S.SWAPPING and record.target and record.target.sha256 == active_digest:
+        return advance(record, Happened(event=E.SERVING), now)
+    if record.state is S.PROBATION:
+        counted = msgspec.structs.replace(record, interruptions=record.interruptions + 1)
+        if counted.interruptions > MAX_PROBATION_INTERRUPTIONS:
+            detail = f"the agent was stopped {counted.interruptions} times in probation"
+            return _enter(counted, S.ROLLING_BACK, F.REVERT, RejectReason.INTERRUPTED, detail, now=now)
+        return counted, F.WATCH
+    return record, RESUME[record.state]
+
+
+def should_pursue(record: Deployment, target: Target) -> bool:
+    """Tell whether a wanted target is news.
+
+    It is not while an undivided step runs (ask again after it), nor when it is under way, serves, or is a (digest,
+    attempt) that failed: only a higher attempt tries that again.
+    """
+    if record.state in UNDIVIDED:
+        return False
+    if record.state is S.COMMITTED and record.serving and record.serving.digest == target.sha256:
+        return False
+    if record.target is None or record.target.sha256 != target.sha256:
+        return True
+    if record.state in (S.IDLE, S.SUPERSEDED):
+        return True
+    failed = record.state in (S.FAILED, S.REJECTED, S.ROLLED_BACK)
+    return failed and target.assignment.attempt > record.target.assignment.attempt
+
+
+def _count(record: Deployment, event: Event) -> Deployment:
+    if event is E.INTERRUPTED:
+        return msgspec.structs.replace(record, download_tries=record.download_tries + 1)
+    if event is E.PLANE_DIED and record.state is S.SWAPPING:
+        return msgspec.structs.replace(record, swap_tries=record.swap_tries + 1)
+    if event is E.PLANE_DIED and record.state is S.PROBATION:
+        return msgspec.structs.replace(record, crashes=record.crashes + 1)
+    return record
+
+
+def _exhausted(record: Deployment, happened: Happened) -> tuple[DeploymentState, Effect, RejectReason, str] | None:
+    """Return where a counter at its maximum leads instead of where the table does."""
+    if happened.event is E.INTERRUPTED and record.download_tries >= MAX_DOWNLOAD_TRIES:
+        detail = f"gave up after {record.download_tries} downloads: {happened.detail}"
+        return S.FAILED, F.TIDY, RejectReason.UNREACHABLE, detail
+    if happened.event is E.PLANE_DIED and record.state is S.SWAPPING and record.swap_tries >= MAX_SWAP_TRIES:
+        detail = f"the data plane died {record.swap_tries} times while taking it up"
+        return S.FAILED, F.TIDY, RejectReason.SWAP_FAILED, detail
+    if happened.event is E.PLANE_DIED and record.state is S.PROBATION and record.crashes >= MAX_PROBATION_CRASHES:
+        detail = f"the data plane died {record.crashes} times in probation"
+        return S.ROLLING_BACK, F.REVERT, RejectReason.CRASHED_IN_PROBATION, detail
+    return None
+
+
+def _take_up(record: Deployment, state: DeploymentState, happened: Happened) -> Deployment:
+    """Return the record with what the event changes beside the state."""
+    target = record.target
+    if state is S.VERIFIED:
+        return Deployment(
+            model=record.model,
+            serving=record.serving,
+            committed=record.committed,
+            previous=record.previous,
+            target=happened.target,
+        )
+    if state is S.IDLE:
+        return Deployment(model=record.model)
+    if happened.event is E.SERVING and target:
+        serving = Serving(version=target.release.version, digest=target.sha256)
+        return msgspec.structs.replace(record, serving=serving)
+    if state is S.COMMITTED:
+        same = record.committed == record.serving
+        previous = record.previous if same else record.committed
+        return msgspec.structs.replace(record, committed=record.serving, previous=previous)
+    if happened.event is E.REVERTED:
+        return msgspec.structs.replace(record, serving=record.committed)
+    return record
+
+
+def _enter(
+    record: Deployment,
+    state: DeploymentState,
+    effect: Effect,
+    reason: RejectReason | None,
+    detail: str,
+    *,
+    now: int,
+) -> tuple[Deployment, Effect]:
+    keep = state is S.ROLLED_BACK  # the reason of the rollback outlives it
+    return (
+        msgspec.structs.replace(
+            record,
+            state=state,
+            since=now,
+            reason=record.reason if keep else reason,
+            detail=record.detail if keep else detail,
+        ),
+        effect,
+    )
