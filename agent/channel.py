@@ -20,6 +20,7 @@ from protocol.statistics import ModelStatistics, TruthStatistics
 MAX_FRAME = 4 * 1024 * 1024  # bytes; a second's statistics of 32 models with 1000 classes stay below
 CHANNEL_FD = "EW_CHANNEL_FD"
 LISTEN_FDS = "EW_LISTEN_FDS"  # comma-separated: listening sockets that control holds
+PARENT_PID = "EW_PARENT_PID"  # a child whose parent is another by the time it looks has been orphaned
 _HEADER = struct.Struct(">I")
 
 
@@ -38,6 +39,10 @@ class Withdraw(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     ticket: int
     model: str
+
+
+class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Order: accept connections. Comes once, when everything that should serve does; until then they wait queued."""
 
 
 class Drain(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -85,7 +90,7 @@ class StatisticsDelta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     unknown_truth: int = 0  # feedback for predictions no longer remembered
 
 
-Order = Serve | Withdraw | Drain
+Order = Serve | Withdraw | Open | Drain
 Answer = Ready | Serving | Withdrawn | Refused | StatisticsDelta
 
 
@@ -99,6 +104,9 @@ class TrialRequest(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int  # data segment allowed beyond what the runtime itself takes (RLIMIT_DATA)
     cpu_seconds: int
     manifest_sha256: str | None = None
+    model: str = ""  # what the signed release says the bundle is; empty: not asked
+    version: int = 0
+    variant: str = ""
 
 
 class TrialVerdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -176,5 +184,5 @@ class Channel:
         return bytes(data)
 
 
-_orders = msgspec.json.Decoder(Serve | Withdraw | Drain)
+_orders = msgspec.json.Decoder(Serve | Withdraw | Open | Drain)
 _answers = msgspec.json.Decoder(Ready | Serving | Withdrawn | Refused | StatisticsDelta)

@@ -5,12 +5,12 @@ desired state instead. docs/reference/settings.md is checked against this file.
 """
 
 import platform
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 
+from agent.listening import CannotListen, parse_tcp
 from protocol.settings import MAX_SETTINGS, BadSettings, decode_settings
 
 DEFAULT_STATE = "/var/lib/edgewarden-agent"
@@ -92,24 +92,12 @@ def device_class(settings: DeviceSettings) -> str:
     return settings.device_class or platform.machine()
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """Return host and port of ``127.0.0.1:8500`` or ``[::1]:8500``; raise ValueError."""
-    match = re.fullmatch(r"(?:\[([0-9a-fA-F:]+)\]|([^:\[\]]+)):(\d{1,5})", address)
-    if match is None or int(match[3]) > 65535:  # noqa: PLR2004 - the highest port
-        raise ValueError(f"{address!r} is not HOST:PORT")
-    return match[1] or match[2], int(match[3])
-
-
 def _check(settings: AgentSettings, file: str) -> None:
     inference = settings.inference
     if not inference.unix and not inference.http:
         raise BadSettings(file, 0, "inference.unix and inference.http are both empty: nobody could ask")
     if inference.http:
         try:
-            host, _ = split_address(inference.http)
-        except ValueError as error:
+            parse_tcp(inference.http)
+        except CannotListen as error:
             raise BadSettings(file, 0, f"inference.http: {error}") from error
-        if host not in ("127.0.0.1", "localhost", "::1"):
-            raise BadSettings(
-                file, 0, f"inference.http: {host} is not a loopback address; put a proxy before it instead"
-            )

@@ -12,11 +12,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol.manifest import TensorSpec
+from protocol.manifest import TensorSpec, decode_manifest
 
 ANSWER_SECONDS = 10.0
 
@@ -50,7 +49,7 @@ class UnixConnection(http.client.HTTPConnection):
 class DigitStream:
     """Sends held-out digits at a steady rate until stopped."""
 
-    def __init__(self, unix: Path, heldout: Path, *, per_second: float, start_at: int) -> None:
+    def __init__(self, unix: Path, heldout: Path, spec: TensorSpec, *, per_second: float, start_at: int) -> None:
         """``heldout``: ``.npz`` with ``images`` (uint8 0..16, n×8×8×1) and ``truth``."""
         with np.load(heldout, allow_pickle=False) as data:
             self._images: NDArray[np.uint8] = data["images"]
@@ -58,14 +57,10 @@ class DigitStream:
         self._unix = unix
         self._pause = 1.0 / per_second
         self._next = start_at % len(self._images)
-        self._spec: TensorSpec | None = None
+        self._spec = spec
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"stream {unix.parent.name}", daemon=True)
         self.counts = Counts()
-
-    def use_quantisation_of(self, spec: TensorSpec) -> None:
-        """Take the input's scale and zero point from the model's manifest."""
-        self._spec = spec
 
     def start(self) -> None:
         """Begin to send."""
@@ -74,7 +69,8 @@ class DigitStream:
     def stop(self) -> None:
         """Stop and wait for the answer in flight."""
         self._stopping.set()
-        self._thread.join(timeout=2 * ANSWER_SECONDS)
+        if self._thread.ident is not None:
+            self._thread.join(timeout=2 * ANSWER_SECONDS)
 
     def _run(self) -> None:
         connection = UnixConnection(self._unix)
@@ -97,7 +93,6 @@ class DigitStream:
         _post(connection, "/v2/models/digits/feedback", body.encode(), {"Content-Type": "application/json"})
 
     def _infer(self, connection: UnixConnection, image: NDArray[np.uint8]) -> tuple[str, int]:
-        assert self._spec is not None
         tensor = quantise_pixels(image, self._spec)
         head = json.dumps(
             {
@@ -116,19 +111,20 @@ class DigitStream:
             "Inference-Header-Content-Length": str(len(head)),
         }
         answer = json.loads(_post(connection, "/v2/models/digits/infer", head + tensor, headers))
-        return answer["id"], int(np.argmax(answer["outputs"][0]["data"]))
+        return str(answer["id"]), int(np.argmax(answer["outputs"][0]["data"]))
 
 
 def quantise_pixels(image: NDArray[np.uint8], spec: TensorSpec) -> bytes:
     """Return one image (values 0..16) as the model's INT8 input: q = round(pixel / 16 / scale) + zero point."""
     scale, zero = spec.scale or 1.0, spec.zero_point or 0
     quantised = np.rint(image.astype(np.float32) / 16.0 / scale) + zero
-    return np.clip(quantised, -128, 127).astype(np.int8).tobytes()
+    tensor: bytes = np.clip(quantised, -128, 127).astype(np.int8).tobytes()
+    return tensor
 
 
 def input_of(manifest: Path) -> TensorSpec:
     """Return the first input of a bundle folder's manifest."""
-    return msgspec.convert(json.loads(manifest.read_text())["inputs"][0], TensorSpec)
+    return decode_manifest(manifest.read_bytes()).inputs[0]
 
 
 def _post(connection: UnixConnection, path: str, body: bytes, headers: dict[str, str]) -> bytes:

@@ -1,0 +1,387 @@
+"""The control process: puts the parts together and runs its main loop. The only file that constructs adapters.
+
+Threads post to one queue; the main thread alone runs the state machines. What is decided stands in ``core/``, what is
+done in the drivers; here it is only wired. The queue's items are callables that take the time (UTC ms).
+"""
+
+import logging
+import os
+import queue
+import random
+import secrets
+import shutil
+import signal
+import ssl
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from agent.adapters.connection_counter import ConnectionCounter
+from agent.adapters.data_plane import DataPlaneProcesses
+from agent.adapters.deployment_file import DeploymentFile
+from agent.adapters.download import BundleDownloads, HttpsMetadata, HttpsServer
+from agent.adapters.host import MachineHost
+from agent.adapters.identity import Identity, IdentityFolder
+from agent.adapters.model_store import FolderStore
+from agent.adapters.mqtt import BrokerSettings, Ears, MqttUplink, Words
+from agent.adapters.runtimes import installed_runtimes
+from agent.adapters.scheduler import Scheduler
+from agent.adapters.spool import SqliteSpool
+from agent.adapters.systemd import notifier_from, watchdog_interval
+from agent.adapters.threads import ThreadBackground
+from agent.adapters.trial import TrialChild
+from agent.adapters.trust import TufTrust
+from agent.channel import Answer, Ready, Refused, Serving, StatisticsDelta, Withdrawn
+from agent.config import AgentSettings, InferenceSettings, device_class
+from agent.core.deployment import Deployment
+from agent.core.merging import merge_payloads
+from agent.core.retry import BackOff
+from agent.core.windows import Windows
+from agent.desire import Desires
+from agent.listening import ListeningSockets, parse_tcp
+from agent.ports import DataPlaneExit, DeviceFacts, Refusal, Trouble, VerifiedDesire, Weather
+from agent.reporter import Reporter
+from agent.supervisor import Supervisor
+from agent.updater import Updater
+from protocol import __version__
+from protocol.codec import CODECS, BadMessage, decode_acknowledgement, decode_server_state, encode
+from protocol.messages import Birth, Farewell, RunningModel, Will
+from protocol.states import EventKind, RejectReason
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 1.0
+IN_MEMORY = "/dev/shm"  # noqa: S108 - mkdtemp makes a folder of our own in it
+POLL_SECONDS = 300.0  # how often the desired state is asked for over HTTPS while the broker is out of reach
+
+Item = Callable[[int], None]
+
+
+class Daemon:
+    """All parts of one control process."""
+
+    def __init__(self, settings: AgentSettings) -> None:
+        """Build everything; nothing runs before `run`. Raises `Trouble` and `CannotListen`."""
+        state = Path(settings.device.state)
+        self._settings = settings
+        self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._stopping = False
+        self._boot = secrets.token_hex(4)
+        self._models: tuple[RunningModel, ...] = ()
+        self._contexts: dict[bool, ssl.SSLContext] = {}
+        self._notifier = notifier_from()
+        self._identity = IdentityFolder(state / "identity").load()
+        self._sockets = _listening_sockets(settings)
+        self._background = ThreadBackground(lambda done: self._post(lambda _: done()))
+        self._store = FolderStore(state)
+        self._host = MachineHost(state)
+        self._facts = DeviceFacts(
+            device_class=self._identity.settings.labels.get("class") or device_class(settings.device),
+            runtimes=installed_runtimes(settings.inference.runtime),
+            memory_total=self._host.read(None).memory_total or 0,
+        )
+        self._spool = SqliteSpool(state / "spool.db", merge=merge_payloads, limit=settings.telemetry.spool_bytes)
+        self._server = HttpsServer(
+            self._identity.settings.server, tls=self._server_tls, authorise=lambda: self._identity.token(_now())
+        )
+        self._metadata = HttpsMetadata(self._server)
+        self._scratch = _scratch()
+        self._trust = TufTrust(
+            device=self._identity.device,
+            director_root=self._identity.director_root,
+            image_root=self._identity.image_root,
+            folder=state / "trust",
+            scratch=self._scratch,
+            image=self._metadata.image,
+            is_stored=lambda sha256: self._store.find(sha256) is not None,
+        )
+        self._counter = ConnectionCounter(state / "connections")
+        self._uplink = self._make_uplink(settings, self._identity)
+        self._reporter = Reporter(
+            spool=self._spool,
+            uplink=self._uplink,
+            host=self._host,
+            windows=Windows(_now(), settings.telemetry.window_seconds * 1000),
+            now=_now,
+            monotonic=time.monotonic,
+            data_plane_pid=lambda: self._supervisor.pid,
+        )
+        self._supervisor = Supervisor(
+            launcher=DataPlaneProcesses(self._sockets, options=_data_plane_options(settings.inference)),
+            post=lambda told: self._post(lambda now: self._hear_plane(told, now)),
+        )
+        self._updater = Updater(
+            facts=self._facts,
+            deployments=DeploymentFile(state / "deployments.json"),
+            store=self._store,
+            downloads=BundleDownloads(self._server, state / "downloads"),
+            trials=TrialChild(runtime=settings.inference.runtime, wall_seconds=settings.update.trial_seconds),
+            plane=self._supervisor,
+            background=self._background,
+            events=self._reporter,
+            changed=self._announce,
+            random=random.random,
+            probation_ms=settings.update.probation_seconds * 1000,
+        )
+        self._desires = Desires(
+            trust=self._trust,
+            background=self._background,
+            events=self._reporter,
+            verified=self._pursue,
+            clock=_now,
+            random=random.random,
+        )
+        self._scheduler = Scheduler()
+
+    # ------------------------------------------------------------ life
+    def run(self) -> None:
+        """Run until SIGTERM or SIGINT."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._post(self._stop))
+        self._start(_now())
+        try:
+            while not self._stopping:
+                self._step(self._items.get())
+        finally:
+            self._end()
+
+    def _start(self, now: int) -> None:
+        log.info("agent %s of device %s starts", __version__, self._identity.device)
+        if self._spool.replaced:
+            self._reporter.record(kind=EventKind.SPOOL, detail=f"the spool was unreadable: {self._spool.replaced}")
+        self._supervisor.start()
+        self._updater.start(now)
+        self._recall(now)
+        self._uplink.start()
+        self._scheduler.every(TICK_SECONDS, "tick", lambda: self._post(self._tick))
+        self._scheduler.every(POLL_SECONDS, "poll", lambda: self._post(self._poll))
+        if interval := watchdog_interval(os.environ, os.getpid()):
+            # through the queue: a main loop that hangs stops the signs of life
+            self._scheduler.every(interval, "watchdog", lambda: self._post(lambda _: self._notifier.alive()))
+        self._notifier.ready()
+        print(f"device {self._identity.device} answers on {', '.join(self._sockets.addresses())}", flush=True)  # noqa: T201 - for people who start it by hand
+
+    def _recall(self, now: int) -> None:
+        """Go on with what was wanted before this start, also without a server."""
+        try:
+            recalled = self._trust.recall(now)
+        except (Refusal, Weather, Trouble) as error:
+            self._reporter.record(kind=EventKind.AGENT, detail=f"the stored desired state cannot be used: {error}")
+            return
+        if recalled and recalled.expired:
+            detail = "the stored desired state has expired: what serves goes on, nothing is installed"
+            self._reporter.record(kind=EventKind.AGENT, reason=RejectReason.EXPIRED, detail=detail)
+        elif recalled:
+            self._pursue(recalled.desire)
+
+    def _step(self, item: Item) -> None:
+        try:
+            item(_now())
+        except Trouble as trouble:
+            log.error("%s", trouble)
+            self._notifier.status(str(trouble))
+
+    def _stop(self, now: int) -> None:
+        del now
+        self._stopping = True
+
+    def _end(self) -> None:
+        """Drain the data plane, keep its last statistics, say good-bye."""
+        self._notifier.stopping()
+        self._scheduler.stop()
+        self._supervisor.stop()
+        while not self._items.empty():
+            self._step(self._items.get())
+        self._reporter.flush(_now())
+        self._uplink.stop()
+        self._background.stop()
+        self._spool.close()
+        self._server.close()
+        self._sockets.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        log.info("agent ended")
+
+    # ------------------------------------------------------------ the loop's items
+    def _post(self, item: Item) -> None:
+        self._items.put(item)
+
+    def _tick(self, now: int) -> None:
+        self._updater.tick(now)
+        self._desires.tick(now)
+        self._reporter.tick(now)
+
+    def _poll(self, now: int) -> None:
+        """While the broker is out of reach, ask the server over HTTPS what this device should run."""
+        del now
+        if self._uplink.connected:
+            return
+
+        def fetch() -> bytes | None:
+            try:
+                return encode(self._metadata.desired_state(self._trust.versions().director_root))
+            except (Weather, Refusal) as error:
+                log.info("the server cannot be asked over HTTPS either: %s", error)
+                return None
+
+        def done(payload: bytes | None) -> None:
+            if payload:
+                self._desires.arrived(payload, _now())
+
+        self._background.submit("poll", fetch, done)
+
+    def _pursue(self, desire: VerifiedDesire) -> None:
+        self._reporter.set_window(desire.config.window_seconds)
+        self._updater.want(desire, _now())
+        self._announce()
+
+    def _hear_plane(self, told: Answer | DataPlaneExit, now: int) -> None:
+        match told:
+            case StatisticsDelta():
+                self._reporter.count(told)
+            case Serving():
+                self._updater.plane_serves(told, now)
+            case Refused():
+                self._updater.plane_refuses(told, now)
+            case Withdrawn():
+                self._updater.plane_withdrew(told, now)
+            case Ready():
+                log.info("data plane %d is up", told.pid)
+            case DataPlaneExit(planned=False):
+                detail = f"the data plane (pid {told.pid}) ended with code {told.returncode} and is started again"
+                self._reporter.record(kind=EventKind.DATA_PLANE, detail=detail)
+                self._updater.plane_died(now)
+            case DataPlaneExit():
+                log.info("data plane %d ended as planned", told.pid)
+        self._updater.tick(now)
+
+    def _announce(self) -> None:
+        """What serves has changed: the birth says so."""
+        self._models = tuple(_running(record) for record in self._updater.records())
+        self._uplink.announce()
+        serving = ", ".join(f"{m.model} {m.version} ({m.state.value})" for m in self._models) or "no model yet"
+        self._notifier.status(serving)
+
+    # ------------------------------------------------------------ the uplink's ears and words
+    def _make_uplink(self, settings: AgentSettings, identity: Identity) -> MqttUplink:
+        return MqttUplink(
+            device=identity.device,
+            broker=BrokerSettings(
+                host=identity.settings.broker_host,
+                port=identity.settings.broker_port,
+                keepalive=settings.mqtt.keepalive_seconds,
+                will_delay=settings.mqtt.will_delay_seconds,
+                back_off=BackOff(first=1.0, ceiling=float(settings.mqtt.reconnect_seconds)),
+            ),
+            tls=self._broker_tls,
+            next_connection=self._counter.next,
+            random=random.random,
+            words=Words(birth=self._birth, will=self._will, farewell=self._farewell),
+            ears=Ears(
+                on_desired=lambda payload: self._post(lambda now: self._desires.arrived(payload, now)),
+                on_acknowledgement=lambda payload: self._post(lambda _: self._hear_acknowledgement(payload)),
+                on_server_state=lambda payload: self._post(lambda _: self._hear_server_state(payload)),
+                on_connected=lambda _: self._post(lambda _: self._reporter.connected()),
+                on_disconnected=lambda reason: log.info("uplink: %s", reason),
+                on_published=lambda _stream, _number: self._post(lambda _: self._reporter.publish()),
+                on_unpublished=lambda _stream, _number, _why: None,  # stays unanswered, hence is sent again
+                on_trouble=lambda trouble: self._notifier.status(str(trouble)),
+            ),
+        )
+
+    def _hear_acknowledgement(self, payload: bytes) -> None:
+        try:
+            self._reporter.acknowledge(decode_acknowledgement(payload))
+        except BadMessage as error:
+            log.warning("ignored an acknowledgement: %s", error)
+
+    def _hear_server_state(self, payload: bytes) -> None:
+        try:
+            self._reporter.server_state(decode_server_state(payload))
+        except BadMessage as error:
+            log.warning("ignored a server state: %s", error)
+
+    def _birth(self, connection: int) -> bytes:
+        trust = self._trust.versions()
+        return encode(
+            Birth(
+                boot=self._boot,
+                connection=connection,
+                at=_now(),
+                agent=__version__,
+                device_class=self._facts.device_class,
+                timezone=self._settings.device.timezone,
+                runtimes=self._facts.runtimes,
+                codecs=tuple(CODECS),
+                spool=self._spool.id,
+                director_version=trust.director,
+                director_root=trust.director_root,
+                image_root=trust.image_root,
+                models=self._models,
+                facts=self._host.facts(),
+            )
+        )
+
+    def _will(self, connection: int) -> bytes:
+        return encode(Will(boot=self._boot, connection=connection))
+
+    def _farewell(self, connection: int) -> bytes:
+        return encode(Farewell(boot=self._boot, connection=connection, at=_now()))
+
+    # ------------------------------------------------------------ TLS on a clock that may be wrong
+    def _broker_tls(self) -> ssl.SSLContext:
+        return self._identity.broker_tls(check_time=self._clock_is_sane())  # new: the certificate may be renewed
+
+    def _server_tls(self) -> ssl.SSLContext:
+        """One context per state of the clock, so that connections are reused."""
+        sane = self._clock_is_sane()
+        if sane not in self._contexts:
+            self._contexts[sane] = self._identity.server_tls(check_time=sane)
+        return self._contexts[sane]
+
+    def _clock_is_sane(self) -> bool:
+        """A clock behind what the Director signed is wrong: the pinned CA is then checked without its dates."""
+        sane = _now() >= self._trust.clock_floor
+        if not sane:
+            log.warning("the clock is behind the newest signed time; certificates are checked without their dates")
+        return sane
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _running(record: Deployment) -> RunningModel:
+    return RunningModel(
+        model=record.model,
+        state=record.state,
+        version=record.serving.version if record.serving else None,
+        digest=record.serving.digest if record.serving else None,
+        attempt=record.target.assignment.attempt if record.target else 0,
+        reason=record.reason,
+    )
+
+
+def _data_plane_options(inference: InferenceSettings) -> list[str]:
+    options = {
+        "--runtime": inference.runtime,
+        "--threads": inference.threads,
+        "--workers": inference.instances,
+        "--queue": inference.queue,
+        "--max-body": inference.max_body,
+    }
+    words = [str(word) for pair in options.items() for word in pair]
+    return [*words, "--feedback-on-tcp"] if inference.feedback_on_tcp else words
+
+
+def _listening_sockets(settings: AgentSettings) -> ListeningSockets:
+    if inherited := ListeningSockets.from_systemd(os.environ, os.getpid()):
+        return inherited
+    unix, http = settings.inference.unix, settings.inference.http
+    return ListeningSockets.open(unix=Path(unix) if unix else None, tcp=parse_tcp(http) if http else None)
+
+
+def _scratch() -> Path:
+    """Return a fresh folder for throw-away copies, in memory where the machine has such a place."""
+    in_memory = IN_MEMORY if os.access(IN_MEMORY, os.W_OK) else None
+    return Path(tempfile.mkdtemp(prefix="edgewarden-", dir=in_memory))

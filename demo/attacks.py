@@ -1,0 +1,179 @@
+"""What a thief would do with a stolen server: its disk, its online keys, its broker. Used by the demo and by tests.
+
+The thief has everything in ``DATA`` but none of the offline keys. Each attack puts something on a ``down/want``
+or on the server's disk, as the real server would; whether a device falls for it is observed elsewhere.
+"""
+
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from paho.mqtt.client import Client, MQTTMessage
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from securesystemslib.signer import CryptoSigner
+from tuf.api.metadata import Metadata, MetaFile, Snapshot, TargetFile, Targets, Timestamp
+
+from fleet_server.adapters.director import OnlineDirector
+from fleet_server.adapters.online_keys import OnlineSigners
+from fleet_server.ports import Assigned, PublishedBundle
+from protocol.codec import decode_desired_state, encode
+from protocol.messages import DesiredState
+from protocol.release import Assignment, DeviceConfig, bundle_path, from_custom, is_bundle_path, to_custom
+from protocol.topics import Channel, device_topic
+
+ANSWER_SECONDS = 10.0
+ROGUE_VERSION = 666
+
+
+@dataclass(frozen=True, kw_only=True)
+class StolenServer:
+    """A copy of what the server knows."""
+
+    data: Path
+    admin_port: int  # the broker's listener for the server
+
+    # ------------------------------------------------------------ the broker
+    def read_want(self, device: str) -> bytes:
+        """Return the retained desired state of a device."""
+        found: list[bytes] = []
+        arrived = threading.Event()
+
+        def on_message(_client: Client, _data: object, message: MQTTMessage) -> None:
+            found.append(bytes(message.payload))
+            arrived.set()
+
+        with self._broker() as client:
+            client.on_message = on_message
+            client.subscribe(device_topic(device, Channel.DESIRED), qos=1)
+            if not arrived.wait(ANSWER_SECONDS):
+                raise TimeoutError(f"no desired state of {device} is retained")
+        return found[0]
+
+    def put_want(self, device: str, payload: bytes) -> None:
+        """Put a retained desired state, whatever it is."""
+        with self._broker() as client:
+            topic = device_topic(device, Channel.DESIRED)
+            client.publish(topic, payload, qos=1, retain=True).wait_for_publish(ANSWER_SECONDS)
+
+    # ------------------------------------------------------------ the disk
+    @contextmanager
+    def tampered(self, sha256: str) -> Iterator[Path]:
+        """Flip one byte in the middle of a bundle in the artifact folder; mended afterwards."""
+        (path,) = [path for path in self.data.rglob(f"*{sha256}*") if path.is_file()]
+        original = path.read_bytes()
+        middle = len(original) // 2
+        path.chmod(0o600)
+        path.write_bytes(original[:middle] + bytes([original[middle] ^ 1]) + original[middle + 1 :])
+        try:
+            yield path
+        finally:
+            path.write_bytes(original)
+
+    @contextmanager
+    def forged_release(self, model: str, version: int) -> Iterator[PublishedBundle]:
+        """Name a bundle, genuine but for its version, in the Image repository, by a key the root does not know.
+
+        Snapshot and timestamp are signed properly, for those keys were stolen; the files are put back afterwards.
+        """
+        folder = self.data / "image" / "metadata"
+        genuine = _released(_newest_targets(folder), model, version)
+        release = msgspec.structs.replace(genuine.release, version=ROGUE_VERSION)
+        rogue = replace(genuine, release=release, path=bundle_path(release))
+        before = {path: path.read_bytes() for path in folder.glob("*.json")}
+        try:
+            _forge(folder, OnlineSigners(self.data / "image", (Snapshot.type, Timestamp.type)), rogue)
+            yield rogue
+        finally:
+            _put_back(folder, before)
+
+    def sign_want(self, device: str, version: int, bundles: list[PublishedBundle], now: int) -> bytes:
+        """Sign a desired state with the stolen Director keys."""
+        director = OnlineDirector(self.data / "director")
+        assigned = [Assigned(bundle=bundle, assignment=Assignment(rollout="stolen")) for bundle in bundles]
+        return encode(director.sign(device, version, assigned, DeviceConfig(), now).message())
+
+    @contextmanager
+    def _broker(self) -> Iterator[Client]:
+        client = Client(CallbackAPIVersion.VERSION2, protocol=MQTTProtocolVersion.MQTTv5)
+        client.tls_set_context(self._tls())
+        connected = threading.Event()
+        client.on_connect = lambda *_: connected.set()
+        client.connect("127.0.0.1", self.admin_port, keepalive=30)
+        client.loop_start()
+        try:
+            if not connected.wait(ANSWER_SECONDS):
+                raise TimeoutError("the broker's admin listener does not answer")
+            yield client
+        finally:
+            with suppress(OSError):
+                client.disconnect()
+            client.loop_stop()
+
+    def _tls(self) -> ssl.SSLContext:
+        authority = self.data / "authority"
+        context = ssl.create_default_context(cafile=str(authority / "admin-ca.pem"))
+        context.load_cert_chain(authority / "server-admin.pem", authority / "server-admin.key")
+        return context
+
+
+def director_version_of(payload: bytes) -> int:
+    """Return the version of the Director metadata in a desired state."""
+    message: DesiredState = decode_desired_state(payload)
+    return Metadata[Targets].from_bytes(message.targets).signed.version
+
+
+def _forge(folder: Path, stolen: OnlineSigners, rogue: PublishedBundle) -> None:
+    """Write targets n+1 signed by a key made up here, and snapshot and timestamp that lead to it."""
+    timestamp, snapshot, targets = _newest_timestamp(folder), _newest_snapshot(folder), _newest_targets(folder)
+    custom: dict[str, Any] = {"release": to_custom(rogue.release)}
+    targets.targets[rogue.path] = TargetFile(rogue.length, {"sha256": rogue.sha256}, rogue.path, {"custom": custom})
+    targets.version += 1
+    metadata = Metadata(targets)
+    metadata.sign(CryptoSigner.generate_ed25519())
+    expires = datetime.now(timezone.utc).replace(microsecond=0) + timedelta(days=7)
+    meta = {"targets.json": MetaFile(targets.version)}
+    lure = Snapshot(version=snapshot.version + 1, expires=expires, meta=meta)
+    lead = Timestamp(version=timestamp.version + 1, expires=expires, snapshot_meta=MetaFile(lure.version))
+    (folder / f"{targets.version}.targets.json").write_bytes(metadata.to_bytes())
+    (folder / f"{lure.version}.snapshot.json").write_bytes(stolen.sign(lure))
+    (folder / "timestamp.json").write_bytes(stolen.sign(lead))
+
+
+def _newest_timestamp(folder: Path) -> Timestamp:
+    return Metadata[Timestamp].from_bytes((folder / "timestamp.json").read_bytes()).signed
+
+
+def _newest_snapshot(folder: Path) -> Snapshot:
+    number = _newest_timestamp(folder).snapshot_meta.version
+    return Metadata[Snapshot].from_bytes((folder / f"{number}.snapshot.json").read_bytes()).signed
+
+
+def _newest_targets(folder: Path) -> Targets:
+    number = _newest_snapshot(folder).meta["targets.json"].version
+    return Metadata[Targets].from_bytes((folder / f"{number}.targets.json").read_bytes()).signed
+
+
+def _released(targets: Targets, model: str, version: int) -> PublishedBundle:
+    for path, target in targets.targets.items():
+        if is_bundle_path(path):
+            release = from_custom((target.custom or {}).get("release"))
+            if (release.model, release.version) == (model, version):
+                sha256 = target.hashes["sha256"]
+                return PublishedBundle(
+                    release=release, path=path, sha256=sha256, length=target.length, published_at=0
+                )
+    raise KeyError(f"{model} {version} is not released")
+
+
+def _put_back(folder: Path, before: dict[Path, bytes]) -> None:
+    for path in folder.glob("*.json"):
+        if path not in before:
+            path.unlink()
+    for path, data in before.items():
+        path.write_bytes(data)
