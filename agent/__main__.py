@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _serve(arguments)
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=options.log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
+    logging.getLogger("apscheduler").setLevel(logging.WARNING)  # it tells of every tick
     try:
         run: int = options.run(options)
     except BadSettings as error:

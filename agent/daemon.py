@@ -73,7 +73,7 @@ class Daemon:
         self._notifier = notifier_from()
         self._identity = IdentityFolder(state / "identity").load()
         self._sockets = _listening_sockets(settings)
-        self._background = ThreadBackground(lambda done: self._post(lambda _: done()))
+        self._background = ThreadBackground(lambda done: self._post(lambda now: self._finish(done, now)))
         self._store = FolderStore(state)
         self._host = MachineHost(state)
         self._facts = DeviceFacts(
@@ -205,6 +205,11 @@ class Daemon:
     # ------------------------------------------------------------ the loop's items
     def _post(self, item: Item) -> None:
         self._items.put(item)
+
+    def _finish(self, done: Callable[[], None], now: int) -> None:
+        """Background work has ended: take its result, and what follows from it, at once."""
+        done()
+        self._updater.tick(now)
 
     def _tick(self, now: int) -> None:
         self._updater.tick(now)

@@ -1,8 +1,8 @@
 """Turns what arrives on ``down/want`` into a verified desire, or into an event that says why not.
 
 Runs on the main thread; verification (it may fetch metadata) runs in the background, one at a time, the newest
-message wins. A refusal is final for that message and told once; weather is waited out with back-off. What to do about a
-verified desire is the updater's business, what counts as verified is the `Trust` adapter's.
+message wins. A refusal is final for that message and told once; weather is waited out with back-off. What to do about
+a verified desire is the updater's business, what counts as verified is the `Trust` adapter's.
 """
 
 import logging

@@ -92,10 +92,9 @@ class Updater:
 
     def tick(self, now: int) -> None:
         """Run what is due: the end of a probation, a download to try again, a model whose turn has come."""
-        for model, (at, action) in list(self._due.items()):
-            if at <= now:
-                del self._due[model]
-                action(now)
+        while due := [model for model, (at, _) in self._due.items() if at <= now]:
+            _, action = self._due.pop(due[0])
+            action(now)
         self._pursue(now)
 
     def plane_serves(self, answer: Serving, now: int) -> None:
@@ -191,7 +190,7 @@ class Updater:
         self._background.submit(f"{record.state.value} {record.model}", partial(_catch, work), done)
 
     def _later(self, model: str, happened: Happened) -> None:
-        """Feed an event that came about outside of a call with a time; the next tick, at once, brings the time."""
+        """Feed an event that came about without a time of its own; the next tick, which follows at once, has one."""
         self._due[model] = (0, lambda now: self._feed(model, happened, now))
 
     # ------------------------------------------------------------ the effects

@@ -214,13 +214,13 @@ def refuse_replay(world: World) -> str:
 
 def refuse_foreign(world: World) -> str:
     """Put another device's desired state."""
-    want, foreign = world.thief.read_want(VICTIM), world.thief.read_want(OTHER)
+    want, foreign = world.thief.read_want(OTHER), world.thief.read_want(VICTIM)  # the newer of the two
     row = world.newest_event()
-    world.thief.put_want(VICTIM, foreign)
+    world.thief.put_want(OTHER, foreign)
     event = world.wait(
-        "the refusal of another device's state", lambda: _refusal(world, row, VICTIM, RejectReason.WRONG_DEVICE)
+        "the refusal of another device's state", lambda: _refusal(world, row, OTHER, RejectReason.WRONG_DEVICE)
     )
-    world.thief.put_want(VICTIM, want)
+    world.thief.put_want(OTHER, want)
     return _told(world, event)
 
 
@@ -313,13 +313,14 @@ def _refusal(world: World, row: int, device: str, reason: RejectReason) -> Event
 
 
 def _told(world: World, event: EventView) -> str:
-    serving = world.model_on(VICTIM).running_version
-    connection = _unix(world, VICTIM)
+    """Say what the device said, and see that it still answers."""
+    serving = world.model_on(event.device).running_version
+    connection = _unix(world, event.device)
     answers = _infer_binary(connection, *_example_input())
     connection.close()
-    world.single_requests[VICTIM] += 1
+    world.single_requests[event.device] += 1
     reason = event.reason.value if event.reason else "?"
-    return f"{reason}: “{event.detail[:90]}”; serves version {serving} on ({len(answers)} scores)"
+    return f"{event.device}: {reason}: “{event.detail[:90]}”; serves version {serving} on ({len(answers)} scores)"
 
 
 def _newer_want(world: World, old: bytes) -> bytes | None:

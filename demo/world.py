@@ -88,7 +88,7 @@ class World:
             f"127.0.0.1:{self.ports.devices}",
             "--broker",
             f"127.0.0.1:{self.ports.broker}",
-            "--broker-admin",
+            "--broker-admin-port",
             str(self.ports.admin),
             "--public-host",
             "127.0.0.1",

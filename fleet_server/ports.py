@@ -136,7 +136,32 @@ class OnlineKeys:
     image: dict[str, bytes] = field(default_factory=dict)  # snapshot, timestamp
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoginSession:
+    """A person's session; the token itself is only in their cookie."""
+
+    token_sha256: str
+    account: str
+    csrf: str  # what forms must carry
+    expires_at: int
+
+
 # ---------------------------------------------------------------- storage, in adapters/database
+class Accounts(Protocol):
+    """People who may log in, and their sessions."""
+
+    def password_hash(self, account: str) -> str | None: ...
+    def set_password_hash(self, account: str, password_hash: str) -> None:
+        """Set a password (argon2id hash); every session of the account ends."""
+
+    def add_session(self, session: LoginSession) -> None: ...
+    def session(self, token_sha256: str, now: int) -> LoginSession | None:
+        """Return a session that is not over."""
+
+    def extend_session(self, token_sha256: str, expires_at: int) -> None: ...
+    def end_session(self, token_sha256: str) -> None: ...
+
+
 class Registry(Protocol):
     """Devices and the tokens that let them in."""
 
@@ -173,6 +198,9 @@ class DesiredStates(Protocol):
     def committed_versions(self, device_id: str, model: str) -> Sequence[int]:
         """Versions this device reported as committed, oldest first."""
 
+    def highest_attempt(self, device_id: str, sha256: str) -> int:
+        """The highest attempt at this bundle in any desired state ever saved for this device; 0 when none."""
+
 
 class Telemetry(Protocol):
     """Reports, events and states as they came in, each stored once."""
@@ -202,8 +230,11 @@ class Director(Protocol):
     def roots(self) -> Sequence[bytes]:
         """All root versions, oldest first; empty until the offline keys were made."""
 
+    def check_root(self, root: bytes) -> None:
+        """Do everything `accept_root` does, except storing."""
+
     def accept_root(self, root: bytes) -> None:
-        """Store the next root; raise `publishing.Refused`."""
+        """Store the next root (the newest again changes nothing); raise `publishing.Refused`."""
 
     def sign(
         self, device_id: str, version: int, assigned: Sequence[Assigned], config: DeviceConfig, now: int
@@ -214,13 +245,27 @@ class ImageRepository(Protocol):
     """Keeps what the release team signed offline; adds snapshot and timestamp."""
 
     def online_keys(self) -> dict[str, bytes]: ...
-    def accept_root(self, root: bytes) -> None: ...
+    def check_root(self, root: bytes) -> None:
+        """Do everything `accept_root` does, except storing."""
+
+    def accept_root(self, root: bytes) -> None:
+        """Store the next root (the newest again changes nothing); raise `publishing.Refused`."""
+
+    def check_targets(self, targets: bytes, now: int) -> Sequence[PublishedBundle]:
+        """Do everything `accept_targets` does, except storing."""
+
     def accept_targets(self, targets: bytes, now: int) -> Sequence[PublishedBundle]:
-        """Take targets n+1 after verifying it; return every bundle it names. Raises `publishing.Refused`."""
+        """Take targets n+1 after verifying it; return every bundle it names. Raises `publishing.Refused`.
+
+        The newest again changes nothing, so that an answer that was lost can be asked for again.
+        """
 
     def first_root(self) -> bytes | None: ...
     def metadata(self, name: str) -> bytes | None:
-        """Return a metadata file by its name (``2.root.json``, ``timestamp.json``, …)."""
+        """Return a metadata file by its name (``2.root.json``, ``timestamp.json``, …).
+
+        ``root.json``, ``targets.json`` and ``snapshot.json`` name the newest.
+        """
 
     def renew(self, now: int) -> None:
         """Sign snapshot and timestamp anew when half of their life is over."""

@@ -7,6 +7,7 @@ trusted or not, stays inside its caps.
 """
 
 import hashlib
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ from protocol.manifest import MANIFEST_NAME, BadManifest, Manifest, decode_manif
 from protocol.names import MAX_BUNDLE, MAX_MANIFEST, MAX_MEMBERS, MEMBER_NAME
 
 CHUNK = 1024 * 1024  # bytes read at a time
+# What zipfile raises over containers that were made to break it: ValueError for negative places, struct.error for
+# cut headers, RuntimeError for encryption, NotImplementedError for unknown methods.
+_UNREADABLE = (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError, ValueError, struct.error)
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time ZIP can say
 
 
@@ -99,7 +103,9 @@ def _open(source: IO[bytes]) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(source) as archive:
             _check_container(archive)
             yield archive
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError, UnicodeDecodeError) as error:
+    except BadBundle:
+        raise
+    except _UNREADABLE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's fault, not the bundle's
         raise BadBundle(f"not a readable bundle: {error}") from error
@@ -114,6 +120,8 @@ def _check_container(archive: zipfile.ZipFile) -> None:
     for member in members:
         if not MEMBER_NAME.fullmatch(member.filename):
             raise BadBundle(f"member name {member.filename[:80]!r} is not legal")
+        if member.header_offset < 0:
+            raise BadBundle(f"{member.filename}: stands before the beginning of the container")
         if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 0x1:
             raise BadBundle(f"{member.filename}: members must be stored, neither compressed nor encrypted")
     if sum(member.file_size for member in members) > MAX_BUNDLE:

@@ -38,6 +38,9 @@ _DICTIONARY_1 = (
     b'{"v":1,"p":"","q":1,"k":1,"w":[{"t":17,"w":60000,"m":[{"d":"","n":'
 )
 
+# RecursionError: msgspec skips unknown fields by recursion, so `[[[[…` in one would otherwise escape as itself.
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 M = TypeVar("M", Report, Event, Acknowledgement, DesiredState, ServerState)
 
 
@@ -71,7 +74,7 @@ def decode_device_state(payload: bytes) -> DeviceState:
     body = _inflate(payload, cap=MAX_TELEMETRY_MESSAGE)
     try:
         message: DeviceState = _device_state.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         raise BadMessage(f"not a device state: {error}") from error
     _check_version(message.v)
     return message
@@ -96,7 +99,7 @@ def _decode(payload: bytes, decoder: "msgspec.json.Decoder[M]", *, cap: int) -> 
     body = _inflate(payload, cap=cap)
     try:
         message = decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         raise BadMessage(f"not a {decoder.type.__name__}: {error}") from error
     _check_version(message.v)
     return message
@@ -117,8 +120,10 @@ def _inflate(payload: bytes, *, cap: int) -> bytes:
         inflated = press.decompress(body, MAX_INFLATED_MESSAGE)
     except zlib.error as error:
         raise BadMessage(f"cannot inflate: {error}") from error
-    if press.unconsumed_tail or not press.eof:
-        raise BadMessage(f"inflates over the cap of {MAX_INFLATED_MESSAGE} bytes, or is cut short")
+    if press.unconsumed_tail or press.unused_data or not press.eof:
+        raise BadMessage(
+            f"inflates over the cap of {MAX_INFLATED_MESSAGE} bytes, is cut short, or goes on after its end"
+        )
     return inflated
 
 

@@ -109,7 +109,7 @@ def decode_manifest(data: bytes) -> Manifest:
         raise BadManifest(f"{len(data)} bytes are over the cap of {MAX_MANIFEST}")
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadManifest(str(error)) from error
     check_manifest(manifest)
     return manifest
@@ -119,6 +119,18 @@ def check_manifest(manifest: Manifest) -> None:
     """Raise `BadManifest` when the parts of a manifest do not fit each other."""
     if manifest.format != MANIFEST_FORMAT:
         raise BadManifest(f"format {manifest.format} is not known; this version reads {MANIFEST_FORMAT}")
+    _check_names(manifest)
+    if not 0 <= manifest.version <= MAX_VERSION:
+        raise BadManifest(f"version: {manifest.version} is not in 0…{MAX_VERSION}")
+    if not manifest.inputs or not manifest.outputs:
+        raise BadManifest("inputs, outputs: a model has at least one of each")
+    if manifest.calibrator is not None and not manifest.calibrator.temperature > 0:
+        raise BadManifest(f"calibrator.temperature: {manifest.calibrator.temperature} is not above 0")
+    _check_members(manifest)
+    _check_classes(manifest)
+
+
+def _check_names(manifest: Manifest) -> None:
     try:
         check_name("model", manifest.model, MODEL_NAME)
         check_name("variant", manifest.variant, VARIANT_NAME)
@@ -127,16 +139,16 @@ def check_manifest(manifest: Manifest) -> None:
             check_name(f"members: {name}", digest, SHA256_HEX)
     except IllegalName as error:
         raise BadManifest(str(error)) from error
-    if not 0 <= manifest.version <= MAX_VERSION:
-        raise BadManifest(f"version: {manifest.version} is not in 0…{MAX_VERSION}")
-    if not manifest.inputs or not manifest.outputs:
-        raise BadManifest("inputs, outputs: a model has at least one of each")
+
+
+def _check_members(manifest: Manifest) -> None:
     if len(manifest.members) > MAX_MEMBERS or len(manifest.classes) > MAX_CLASSES:
         raise BadManifest(f"at most {MAX_MEMBERS} members and {MAX_CLASSES} classes are allowed")
+    if MANIFEST_NAME in manifest.members:
+        raise BadManifest(f"members: {MANIFEST_NAME} cannot list itself")
     for field, name in (("model_member", manifest.model_member), ("golden.member", manifest.golden.member)):
         if name not in manifest.members:
             raise BadManifest(f"{field}: {name!r} is not among the members {sorted(manifest.members)}")
-    _check_classes(manifest)
 
 
 def _check_classes(manifest: Manifest) -> None:

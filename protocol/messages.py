@@ -11,6 +11,7 @@ from protocol.states import DeploymentState, EventKind, RejectReason, RuntimeNam
 from protocol.statistics import ModelStatistics, TruthStatistics
 
 WIRE_VERSION = 1
+_UNSAID = 1  # what a message without ``v`` is, for ever: defaults are left out on the wire
 
 
 class RunningModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,7 +28,7 @@ class RunningModel(msgspec.Struct, frozen=True, kw_only=True):
 class Birth(msgspec.Struct, frozen=True, kw_only=True, tag_field="s", tag="on"):
     """A device is connected (``up/state``, retained)."""
 
-    v: int = WIRE_VERSION
+    v: int = _UNSAID
     boot: str  # random per start of the agent
     connection: int  # grows with each connection of this installation, for ever
     at: int  # UTC ms by the device's clock
@@ -47,7 +48,7 @@ class Birth(msgspec.Struct, frozen=True, kw_only=True, tag_field="s", tag="on"):
 class Farewell(msgspec.Struct, frozen=True, kw_only=True, tag_field="s", tag="off"):
     """A device disconnected on purpose (``up/state``, retained)."""
 
-    v: int = WIRE_VERSION
+    v: int = _UNSAID
     boot: str
     connection: int
     at: int
@@ -56,7 +57,7 @@ class Farewell(msgspec.Struct, frozen=True, kw_only=True, tag_field="s", tag="of
 class Will(msgspec.Struct, frozen=True, kw_only=True, tag_field="s", tag="lost"):
     """The broker lost the device (``up/state``, retained, sent by the broker). Stale if the connection is old."""
 
-    v: int = WIRE_VERSION
+    v: int = _UNSAID
     boot: str
     connection: int
 
@@ -90,7 +91,7 @@ class Window(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Telemetry (``up/t``). Its id is (device, spool, sequence); once published it never changes."""
 
-    v: int = WIRE_VERSION
+    v: int = _UNSAID
     spool: str = msgspec.field(name="p")
     sequence: int = msgspec.field(name="q")
     covers: int = msgspec.field(default=1, name="k")  # how many numbers, ending at sequence, were merged into this
@@ -102,7 +103,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Something happened (``up/e``). Own sequence in the same spool; sent before the telemetry backlog."""
 
-    v: int = WIRE_VERSION
+    v: int = _UNSAID
     spool: str = msgspec.field(name="p")
     sequence: int = msgspec.field(name="q")
     at: int  # UTC ms
@@ -119,7 +120,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Acknowledgement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The server has these in its database (``down/ack``, QoS 0). Cumulative: also answers for older ones."""
 
-    v: int = WIRE_VERSION
+    v: int = _UNSAID
     spool: str
     at: int  # server's UTC ms
     telemetry: int = 0  # every report up to here is stored, except those in missing
@@ -131,7 +132,7 @@ class Acknowledgement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
     """Director metadata for one device (``down/want``, retained): the exact signed bytes (TUF 1.0 JSON)."""
 
-    v: int = WIRE_VERSION
+    v: int = _UNSAID
     root: tuple[bytes, ...] = ()  # root steps after the version named in the last birth, in order
     timestamp: bytes
     snapshot: bytes
@@ -141,7 +142,7 @@ class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
 class ServerState(msgspec.Struct, frozen=True, kw_only=True):
     """The fleet server's presence (``srv/state``, retained; ``up=false`` is its will)."""
 
-    v: int = WIRE_VERSION
+    v: int = _UNSAID
     up: bool
     epoch: str  # random per start of ingest: a new one means "send again what I did not acknowledge"
     at: int = 0

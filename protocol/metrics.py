@@ -53,12 +53,18 @@ def accuracy(cells: Iterable[ConfusionCell]) -> Proportion:
 
 
 def class_metrics(cells: Iterable[ConfusionCell], classes: int) -> tuple[ClassMetrics, ...]:
-    """Return one-vs-rest precision, recall and F1 per class from a sparse confusion matrix."""
+    """Return one-vs-rest precision, recall and F1 per class from a sparse confusion matrix.
+
+    Class numbers come from clients' feedback: one that the model does not have is no class, but as the wrong one of
+    a pair it still counts against the other.
+    """
     hits, truths, predictions = [0] * classes, [0] * classes, [0] * classes
     for true, predicted, n in cells:
-        truths[true] += n
-        predictions[predicted] += n
-        hits[true] += n if true == predicted else 0
+        if 0 <= true < classes:
+            truths[true] += n
+            hits[true] += n if true == predicted else 0
+        if 0 <= predicted < classes:
+            predictions[predicted] += n
     return tuple(_one_class(hits[k], predictions[k], truths[k]) for k in range(classes))
 
 

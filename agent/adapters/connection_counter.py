@@ -1,7 +1,7 @@
 """The number of this installation's next connection to the broker: grows for ever, over restarts and power cuts.
 
-The fleet server ignores a will or farewell of an older connection by it. An unreadable file starts from the clock, which
-is higher than any number counted one by one.
+The fleet server ignores a will or farewell of an older connection by it. An unreadable file starts from the clock,
+which is higher than any number counted one by one.
 """
 
 import logging

@@ -281,8 +281,10 @@ class _Transfer:
             self._check_announced(response, offset, file)
             try:
                 self._copy(response, file, offset, digest)
-            finally:
-                _flush(file)
+            except (Weather, urllib3.exceptions.HTTPError):
+                _flush(file)  # what came so far is kept
+                raise
+            _flush(file)
         return digest
 
     def _copy(self, response: urllib3.BaseHTTPResponse, file: IO[bytes], held: int, digest: "hashlib._Hash") -> None:

@@ -266,12 +266,10 @@ class _Mailbox:
             self._outbox.clear()
             return was_connected
 
-    def take_records(self) -> list[tuple[str, int, bytes]]:
-        """Return what is to be published."""
+    def take_record(self) -> tuple[str, int, bytes] | None:
+        """Return the next record to be published."""
         with self._lock:
-            records = list(self._outbox)
-            self._outbox.clear()
-            return records
+            return self._outbox.popleft() if self._outbox else None
 
     def take_announcement(self) -> bool:
         """Tell whether a birth was asked for."""
@@ -299,6 +297,17 @@ class _Mailbox:
             self._waker.send(b"\0")
 
 
+class _Socket(ssl.SSLSocket):
+    """A TLS socket that closes itself when the handshake fails; paho would leave it open."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        try:
+            super().do_handshake(block)
+        except BaseException:
+            self.close()
+            raise
+
+
 class _Connection:
     """One MQTT connection. Lives on the uplink's thread, the only one that touches its paho client."""
 
@@ -307,6 +316,8 @@ class _Connection:
         self._mailbox = mailbox
         self._number = number
         self._records: dict[int, tuple[str, int]] = {}  # paho's message id -> record
+        self._states: set[int] = set()  # message ids of births and farewell
+        self._room = WINDOW  # how many messages the broker lets us have in flight
         self._farewell: int | None = None  # paho's message id
         self._ended = ""
         self._answer_by = 0.0  # monotonic seconds
@@ -364,10 +375,15 @@ class _Connection:
         pending = sock.pending() > 0  # TLS may hold bytes that select cannot see
         writing = [sock] if self._client.want_write() else []
         woken = self._mailbox.woken
-        readable, writable, _ = select.select([sock, woken], writing, [], 0 if pending else _TICK)
+        readable, writable, _ = select.select([sock, woken], writing, [], 0.0 if pending else self._patience())
         if woken in readable:
             self._mailbox.drain()
         return pending or sock in readable, bool(writable)
+
+    def _patience(self) -> float:
+        if not self._mailbox.stopping.is_set():
+            return _TICK
+        return min(_TICK, max(0.0, self._mailbox.deadline - self._parties.monotonic()))
 
     def _check_size(self) -> None:
         """End the connection of a broker that sends more than it was told may come: paho itself has no cap."""
@@ -387,22 +403,31 @@ class _Connection:
 
     # ------------------------------------------------------------ out
     def _hand_over(self) -> None:
-        """Give paho what other threads have asked for."""
+        """Give paho what other threads have asked for, as far as the broker lets us."""
         if self._mailbox.stopping.is_set():
             self._leave()
         if not self._mailbox.connected:
             return
-        for stream, number, payload in self._mailbox.take_records():
-            self._send(stream, number, payload)
-        if self._mailbox.take_announcement():
-            self._say_birth()
+        if self._has_room() and self._mailbox.take_announcement():
+            self._say(self._parties.words.birth)
+        while self._has_room() and (record := self._mailbox.take_record()):
+            self._send(*record)
+
+    def _has_room(self) -> bool:
+        return len(self._records) + len(self._states) < self._room
 
     def _leave(self) -> None:
         if not self._mailbox.connected:
             self._end(_STOPPED)
-        elif self._farewell is None:
-            words = self._parties.words.farewell(self._number)
-            self._farewell = self._client.publish(self._parties.state_topic, words, qos=1, retain=True).mid
+        elif self._farewell is None and self._has_room():
+            self._farewell = self._say(self._parties.words.farewell)
+
+    def _say(self, words: Callable[[int], bytes]) -> int:
+        """Publish a state of this device; return paho's message id."""
+        payload = words(self._number)
+        mid: int = self._client.publish(self._parties.state_topic, payload, qos=1, retain=True).mid
+        self._states.add(mid)
+        return mid
 
     def _send(self, stream: str, number: int, payload: bytes) -> None:
         topic = device_topic(self._parties.device, _CHANNELS[stream])
@@ -411,10 +436,6 @@ class _Connection:
             self._records[info.mid] = (stream, number)
         else:
             self._land(stream, number, f"not sent: {info.rc.name}")
-
-    def _say_birth(self) -> None:
-        words = self._parties.words.birth(self._number)
-        self._client.publish(self._parties.state_topic, words, qos=1, retain=True)
 
     def _land(self, stream: str, number: int, failure: str | None) -> None:
         self._mailbox.land(stream, number)
@@ -434,7 +455,9 @@ class _Connection:
             reconnect_on_failure=False,
         )
         client.connect_timeout = CONNECT_TIMEOUT
-        client.tls_set_context(parties.tls())
+        context = parties.tls()
+        context.sslsocket_class = _Socket
+        client.tls_set_context(context)
         delay = _properties(PacketTypes.WILLMESSAGE, WillDelayInterval=parties.broker.will_delay)
         will = parties.words.will(self._number)
         client.will_set(parties.state_topic, will, qos=1, retain=True, properties=delay)
@@ -454,14 +477,13 @@ class _Connection:
                 Trouble(f"the broker refused the connection: {reason}", remedy="Is this device still enrolled?")
             )
             return
-        window = min(WINDOW, int(getattr(properties, "ReceiveMaximum", WINDOW)))
-        client.max_inflight_messages = window  # the births count too: paho holds back what is over it
+        self._room = min(WINDOW, int(getattr(properties, "ReceiveMaximum", WINDOW)))  # paho does not look at it
         options = SubscribeOptions(qos=1)
         client.subscribe([(everything_of(self._parties.device, "down"), options), (SERVER_STATE, options)])
         session = "kept" if flags.session_present else "new"
         log.info("connected to the broker, connection %s, session %s", self._number, session)
-        self._mailbox.connect(window)
-        self._say_birth()
+        self._mailbox.connect(self._room)
+        self._say(self._parties.words.birth)
         _tell(self._parties.ears.on_connected, flags.session_present)
 
     def _on_subscribe(
@@ -481,13 +503,14 @@ class _Connection:
         )
 
     def _on_publish(self, client: Client, _data: object, mid: int, reason: ReasonCode, _properties: object) -> None:
+        self._states.discard(mid)
         if mid == self._farewell:
             client.disconnect()
         elif mid in self._records:
             stream, number = self._records.pop(mid)
             self._land(stream, number, str(reason) if reason.is_failure else None)
         elif reason.is_failure:
-            log.warning("the broker refused the birth: %s", reason)
+            log.warning("the broker refused this device's state: %s", reason)
 
     def _on_message(self, _client: Client, _data: object, message: MQTTMessage) -> None:
         deliver = self._parties.deliver.get(message.topic)

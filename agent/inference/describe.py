@@ -49,7 +49,7 @@ def model_config(generation: Generation) -> Json:
         "version_policy": {"specific": {"versions": [signature.version]}},
         "input": [_config_tensor(spec) for spec in signature.inputs],
         "output": [_config_tensor(spec) for spec in signature.outputs],
-        "instance_group": [{"name": signature.model, "kind": "KIND_CPU", "count": generation.workers}],
+        "instance_group": [{"name": signature.model, "kind": "KIND_CPU", "count": generation.interpreters}],
     }
 
 

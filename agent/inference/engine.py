@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from agent.inference.generation import ANSWER_SECONDS, QUEUE_LIMIT, Generation
+from agent.inference.generation import QUEUE_LIMIT, WAIT_SECONDS, Generation
 from agent.inference.loading import CannotServe, Servable, Settings, load
 from agent.inference.statistics import Statistics
 from agent.inference.truth import TruthRing
@@ -45,7 +45,7 @@ class Engine:
         truth: TruthRing,
         now_ms: Callable[[], int],
         queue_limit: int = QUEUE_LIMIT,
-        answer_seconds: float = ANSWER_SECONDS,
+        wait_seconds: float = WAIT_SECONDS,
     ) -> None:
         """Serve nothing yet."""
         self.statistics = statistics
@@ -53,7 +53,7 @@ class Engine:
         self._settings = settings
         self._now_ms = now_ms
         self._queue_limit = queue_limit
-        self._answer_seconds = answer_seconds
+        self._wait_seconds = wait_seconds
         self._changing = threading.Lock()
         self._serving: dict[str, Generation] = {}  # replaced as a whole, never changed
 
@@ -120,7 +120,7 @@ class Engine:
             truth=self.truth,
             now_ms=self._now_ms,
             queue_limit=self._queue_limit,
-            answer_seconds=self._answer_seconds,
+            wait_seconds=self._wait_seconds,
         )
 
     def _drop(self, old: Generation) -> None:

@@ -1,7 +1,8 @@
-"""One generation of a model: a loaded bundle with its queue and its workers, from warm to drained.
+"""One generation of a model: a loaded bundle with its interpreters, from warm to drained.
 
-Connections queue jobs and wait; each worker owns one interpreter, copies a job's bytes in once, runs it, counts it,
-and hands the result bytes over. The queue is bounded. Which generation serves under a name is the engine's business.
+A connection's thread leases an interpreter, copies the request's bytes in once, runs it, counts the request and puts
+the interpreter back, so nothing is handed from thread to thread; whoever finds none waits, and only so many may wait.
+Which generation serves under a name is the engine's business.
 """
 
 import logging
@@ -9,25 +10,25 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from agent.inference.loading import Servable
-from agent.inference.statistics import Counters, Prediction, Timing
+from agent.inference.prediction import Prediction, Predictor
+from agent.inference.statistics import Counters, Timing
 from agent.inference.tensors import Buffer, Signature
 from agent.inference.truth import TruthRing
-from runtime.calibrator import probabilities, top_class
 from runtime.interpreter import LoadedModel
 
 log = logging.getLogger(__name__)
 
 QUEUE_LIMIT = 64  # requests waiting or running, per model
-ANSWER_SECONDS = 30.0  # how long a connection waits for its result
-RETIRE_SECONDS = 30.0  # how long a swap waits for the old generation's last jobs
+WAIT_SECONDS = 30.0  # how long a request waits for an interpreter
+RETIRE_SECONDS = 30.0  # how long a swap waits for the old generation's last requests
 _SMOOTHING = 0.1  # weight of the newest service time in the moving average
 
 
 class Retired(Exception):
-    """This generation takes no more jobs; another may serve under the name."""
+    """This generation takes no more requests; another may serve under the name."""
 
 
 class QueueFull(Exception):
@@ -40,26 +41,11 @@ class QueueFull(Exception):
 
 
 class ModelFailed(Exception):
-    """The runtime gave up on these values, or did not answer in time."""
-
-
-class _Job:
-    """One request on its way through a worker."""
-
-    __slots__ = ("done", "failure", "inputs", "outputs", "queued", "request_id")
-
-    def __init__(self, request_id: str, inputs: Sequence[Buffer]) -> None:
-        self.request_id = request_id
-        self.inputs = inputs
-        self.outputs: list[bytes] = []
-        self.failure = ""
-        self.queued = time.perf_counter_ns()
-        self.done = threading.Lock()  # the cheapest thing to wait on; held until the worker lets go
-        self.done.acquire()
+    """The runtime gave up on these values, or no interpreter came free in time."""
 
 
 class Generation:
-    """A loaded bundle that answers requests."""
+    """A loaded bundle that answers requests, from any thread."""
 
     def __init__(
         self,
@@ -71,58 +57,68 @@ class Generation:
         truth: TruthRing,
         now_ms: Callable[[], int],
         queue_limit: int = QUEUE_LIMIT,
-        answer_seconds: float = ANSWER_SECONDS,
+        wait_seconds: float = WAIT_SECONDS,
     ) -> None:
-        """Take over loaded models and start one worker thread for each."""
+        """Take over loaded models; each is one interpreter."""
         self.servable = servable
         self.signature = signature
         self.counters = counters
         self.runtime = models[0].runtime
-        self.workers = len(models)
+        self.interpreters = len(models)
         self._truth = truth
         self._now_ms = now_ms
         self._queue_limit = queue_limit
-        self._answer_seconds = answer_seconds
-        self._queue: SimpleQueue[_Job | None] = SimpleQueue()
+        self._wait_seconds = wait_seconds
+        self._predictor = Predictor(models[0].outputs[0], servable.calibrator) if servable.classes else None
+        self._idle: SimpleQueue[LoadedModel] = SimpleQueue()
+        for model in models:
+            self._idle.put(model)
         self._gate = threading.Lock()
-        self._waiting = 0  # queued or running
+        self._waiting = 0
         self._retired = False
         self._service_ns = 0.0  # moving average
-        self._threads = [self._start(model, k) for k, model in enumerate(models)]
 
     @property
     def waiting(self) -> int:
-        """Return how many requests are queued or running."""
+        """Return how many requests wait or run."""
         return self._waiting
 
     def run(self, request_id: str, inputs: Sequence[Buffer]) -> list[bytes]:
         """Return the bytes of every output; raise `Retired`, `QueueFull` or `ModelFailed`."""
-        job = _Job(request_id, inputs)
-        self._enter(job)
-        if not job.done.acquire(timeout=self._answer_seconds):
-            raise ModelFailed(f"no answer within {self._answer_seconds:g} s")
-        if job.failure:
-            raise ModelFailed(job.failure)
-        return job.outputs
+        queued = time.perf_counter_ns()
+        self._enter()
+        try:
+            model = self._lease()
+            try:
+                return self._perform(model, request_id, inputs, queued)
+            finally:
+                self._idle.put(model)
+        finally:
+            self._leave()
 
     def misfit(self) -> None:
         """Count a request whose tensors do not fit: a new version that broke its clients must show."""
         self.counters.failed(self._now_ms())
 
     def retire(self) -> None:
-        """Take no more jobs, finish those that were taken, free the interpreters."""
+        """Take no more requests, wait for those that were taken, free the interpreters."""
         with self._gate:
-            if not self._retired:
-                self._retired = True
-                for _ in self._threads:
-                    self._queue.put(None)
+            self._retired = True
         deadline = time.monotonic() + RETIRE_SECONDS
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-            if thread.is_alive():
-                log.error("%s still runs a request; its memory stays taken", thread.name)
+        while self._waiting and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        for _ in range(self.interpreters):
+            try:
+                self._idle.get_nowait().close()
+            except Empty:
+                log.error("%s %d still runs a request; its memory stays taken", *self._name)
 
-    def _enter(self, job: _Job) -> None:
+    @property
+    def _name(self) -> tuple[str, int]:
+        return self.servable.model, self.servable.version
+
+    # ------------------------------------------------------------ waiting
+    def _enter(self) -> None:
         with self._gate:
             if self._retired:
                 raise Retired
@@ -130,67 +126,52 @@ class Generation:
                 self.counters.dropped()
                 raise QueueFull(self._waiting, self._retry_after())
             self._waiting += 1
-            self._queue.put(job)
+
+    def _leave(self) -> None:
+        with self._gate:
+            self._waiting -= 1
 
     def _retry_after(self) -> int:
-        return max(1, math.ceil(self._waiting * self._service_ns / self.workers / 1e9))
+        return max(1, math.ceil(self._waiting * self._service_ns / self.interpreters / 1e9))
 
-    # ------------------------------------------------------------ workers
-    def _start(self, model: LoadedModel, number: int) -> threading.Thread:
-        name = f"{self.servable.model}-{self.servable.version}-{number}"
-        thread = threading.Thread(target=self._work, args=(model,), name=name, daemon=True)
-        thread.start()
-        return thread
+    def _lease(self) -> LoadedModel:
+        try:
+            return self._idle.get(timeout=self._wait_seconds)
+        except Empty:
+            self.counters.failed(self._now_ms())
+            raise ModelFailed(f"no interpreter came free within {self._wait_seconds:g} s") from None
 
-    def _work(self, model: LoadedModel) -> None:
-        while (job := self._queue.get()) is not None:
-            started = time.perf_counter_ns()
-            try:
-                self._perform(model, job, started)
-            except Exception as error:  # noqa: BLE001 - whatever a model does must not end its worker
-                job.failure = str(error) or type(error).__name__
-                self.counters.failed(self._now_ms(), time.perf_counter_ns() - started)
-            self._leave(job, started)
-        model.close()
+    # ------------------------------------------------------------ running
+    def _perform(self, model: LoadedModel, request_id: str, inputs: Sequence[Buffer], queued: int) -> list[bytes]:
+        started = time.perf_counter_ns()
+        try:
+            for index, data in enumerate(inputs):
+                model.fill(index, data)
+            filled = time.perf_counter_ns()
+            model.invoke()
+            invoked = time.perf_counter_ns()
+            outputs = [model.read(index) for index in range(len(model.outputs))]
+            prediction = self._predictor.predict(outputs[0]) if self._predictor else None
+        except Exception as error:  # whatever a model does, its interpreter goes on
+            self.counters.failed(self._now_ms(), time.perf_counter_ns() - started)
+            raise ModelFailed(str(error) or type(error).__name__) from error
+        ended = time.perf_counter_ns()
+        self._service_ns += _SMOOTHING * (ended - started - self._service_ns)
+        timing = Timing(started - queued, filled - started, invoked - filled, ended - invoked)
+        self._count(request_id, timing, prediction)
+        return outputs
 
-    def _perform(self, model: LoadedModel, job: _Job, started: int) -> None:
-        for index, data in enumerate(job.inputs):
-            model.fill(index, data)
-        filled = time.perf_counter_ns()
-        model.invoke()
-        invoked = time.perf_counter_ns()
-        job.outputs = [model.read(index) for index in range(len(model.outputs))]
-        prediction = self._predict(model)
-        timing = Timing(
-            queue=started - job.queued,
-            copy_in=filled - started,
-            infer=invoked - filled,
-            copy_out=time.perf_counter_ns() - invoked,
-        )
-        self._count(job, timing, prediction)
-
-    def _predict(self, model: LoadedModel) -> Prediction | None:
-        if not self.servable.classes:
-            return None
-        scores = probabilities(model.array(0), model.outputs[0], self.servable.calibrator)
-        index, confidence = top_class(scores)
-        return Prediction(index=index, confidence=confidence)
-
-    def _count(self, job: _Job, timing: Timing, prediction: Prediction | None) -> None:
+    def _count(self, request_id: str, timing: Timing, prediction: Prediction | None) -> None:
         now = self._now_ms()
         self.counters.succeeded(timing, prediction, now)
         if prediction is not None:
             self._truth.remember(
                 self.servable.model,
-                job.request_id,
+                request_id,
                 digest=self.counters.short_digest,
                 now_ms=now,
-                predicted=prediction.index,
+                predicted=prediction.label,
             )
 
-    def _leave(self, job: _Job, started: int) -> None:
-        taken = time.perf_counter_ns() - started
-        with self._gate:
-            self._waiting -= 1
-            self._service_ns += _SMOOTHING * (taken - self._service_ns)
-        job.done.release()
+
+_POLL_SECONDS = 0.001  # a swap's wait; a condition would cost every request a notification

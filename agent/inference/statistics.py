@@ -7,22 +7,15 @@ truth is joined in `truth`, windows are cut by control.
 
 import threading
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
+from agent.inference.prediction import Prediction
 from protocol.names import short_digest
 from protocol.statistics import CONFIDENCE_BINS, ModelStatistics, bucket_index, histogram_from
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """What a classifier answered: the class and how sure it was, 0…1."""
-
-    index: int
-    confidence: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """How long the steps of one request took, in ns."""
+class Timing(NamedTuple):
+    """How long the steps of one request took, in ns. A tuple, for one is made for every request."""
 
     queue: int
     copy_in: int
@@ -173,7 +166,7 @@ def _record(difference: _Difference, microseconds: int) -> None:
 
 
 def _predict(difference: _Difference, prediction: Prediction) -> None:
-    if prediction.index < len(difference.classes):
-        difference.classes[prediction.index] += 1
+    if prediction.label < len(difference.classes):
+        difference.classes[prediction.label] += 1
         place = int(prediction.confidence * CONFIDENCE_BINS)
         difference.confidence[min(max(place, 0), CONFIDENCE_BINS - 1)] += 1

@@ -1,0 +1,280 @@
+"""The server's two certificate authorities, made at first start, and what they sign.
+
+The *device CA* signs devices and the server's own certificate for HTTPS and the broker: it is what a device pins.
+The *admin CA* signs both ends of the broker's loopback listener, so that no device certificate opens it.
+All keys are EC P-256, files 0600. Knows X.509; who may enrol is decided by `fleet_server.enrolment`.
+"""
+
+import hashlib
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fleet_server.adapters.durable import PUBLIC, SECRET, make_private_folder, read_capped, write_atomically
+from fleet_server.enrolment import BadRequest
+from protocol.names import IllegalName, check_device_id
+
+CA_LIFE = timedelta(days=20 * 365)
+LEAF_LIFE = timedelta(days=365)
+RENEW_WHEN_LEFT = LEAF_LIFE / 3
+BACKDATED = timedelta(days=1)  # clocks in the field run behind
+ADMIN_NAME = "server"  # the server's user on the broker; reserved, so that no device can have it
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_MAX_PEM = 16 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class TlsFiles:
+    """Paths of one end of a TLS connection."""
+
+    certificate: Path
+    key: Path
+    ca: Path  # what the other end is verified with
+
+
+class CertificateAuthority:
+    """`ports.Authority` on a folder, with the server's own certificates beside it."""
+
+    def __init__(self, folder: Path, *, hosts: Sequence[str], now: int) -> None:
+        """Load or make everything. ``hosts`` are the names and addresses that devices may use for this server."""
+        self._folder = make_private_folder(folder)
+        self._hosts = tuple(dict.fromkeys([*hosts, *LOOPBACK]))
+        self._devices = _Ca.load_or_make(folder, "device-ca", "Edgewarden devices", now)
+        self._admin = _Ca.load_or_make(folder, "admin-ca", "Edgewarden broker administration", now)
+        self.renew(now)
+
+    def ca_certificate(self) -> bytes:
+        return self._devices.pem
+
+    def ca_key_sha256(self) -> str:
+        spki = self._devices.certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        return hashlib.sha256(spki).hexdigest()
+
+    def sign(self, csr: str, device_id: str, now: int) -> str:
+        request = _verified_request(csr)
+        _check_subject(request, device_id)
+        key = request.public_key()
+        if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+            raise BadRequest("the CSR's key is not EC P-256")
+        certificate = self._devices.issue(device_id, key, ExtendedKeyUsageOID.CLIENT_AUTH, (), now)
+        return certificate.public_bytes(Encoding.PEM).decode()
+
+    def renew(self, now: int) -> bool:
+        """Make anew what is missing, near its end, or lacks a host; tell whether anything changed.
+
+        Listeners read certificates when they start, so after True they want a restart.
+        """
+        made = [
+            self._keep_leaf("server", self._devices, ExtendedKeyUsageOID.SERVER_AUTH, self._hosts, now),
+            self._keep_leaf("broker", self._admin, ExtendedKeyUsageOID.SERVER_AUTH, LOOPBACK, now),
+            self._keep_leaf(ADMIN_NAME + "-admin", self._admin, ExtendedKeyUsageOID.CLIENT_AUTH, (), now),
+        ]
+        return any(made)
+
+    def server_files(self) -> TlsFiles:
+        """For HTTPS and the broker's device listener."""
+        return self._files("server", "device-ca")
+
+    def broker_admin_files(self) -> TlsFiles:
+        """For the broker's end of the loopback listener."""
+        return self._files("broker", "admin-ca")
+
+    def admin_client_files(self) -> TlsFiles:
+        """For the server's end of the loopback listener."""
+        return self._files(ADMIN_NAME + "-admin", "admin-ca")
+
+    def _files(self, name: str, ca: str) -> TlsFiles:
+        return TlsFiles(
+            certificate=self._folder / f"{name}.pem",
+            key=self._folder / f"{name}.key",
+            ca=self._folder / f"{ca}.pem",
+        )
+
+    def _keep_leaf(self, name: str, ca: "_Ca", usage: x509.ObjectIdentifier, hosts: Sequence[str], now: int) -> bool:
+        path = self._folder / f"{name}.pem"
+        if _still_good(path, ca, hosts, now) and (self._folder / f"{name}.key").exists():
+            return False
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = ADMIN_NAME if usage == ExtendedKeyUsageOID.CLIENT_AUTH else f"edgewarden-{name}"
+        certificate = ca.issue(subject, key.public_key(), usage, hosts, now)
+        path.unlink(missing_ok=True)  # a cut between the two writes must not pair an old certificate with a new key
+        write_atomically(self._folder / f"{name}.key", _private_pem(key), mode=SECRET)
+        write_atomically(path, certificate.public_bytes(Encoding.PEM), mode=PUBLIC)
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ca:
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+    @property
+    def pem(self) -> bytes:
+        return self.certificate.public_bytes(Encoding.PEM)
+
+    @classmethod
+    def load_or_make(cls, folder: Path, name: str, title: str, now: int) -> "_Ca":
+        key_path, path = folder / f"{name}.key", folder / f"{name}.pem"
+        key = _load_or_make_key(key_path)
+        pem = read_capped(path, _MAX_PEM)
+        if pem is None:
+            certificate = _self_signed(title, key, now)
+            write_atomically(path, certificate.public_bytes(Encoding.PEM), mode=PUBLIC)
+        else:
+            certificate = x509.load_pem_x509_certificate(pem)
+        if certificate.public_key() != key.public_key():
+            raise ValueError(f"{path} and {key_path} do not belong together; restore both from a backup")
+        return cls(certificate=certificate, key=key)
+
+    def issue(
+        self,
+        common_name: str,
+        key: ec.EllipticCurvePublicKey,
+        usage: x509.ObjectIdentifier,
+        hosts: Sequence[str],
+        now: int,
+    ) -> x509.Certificate:
+        start = _time_of(now)
+        builder = (
+            _builder(common_name, self.certificate.subject, key, start, start + LEAF_LIFE)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_key_usage(signs_certificates=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
+        )
+        if hosts:
+            builder = builder.add_extension(x509.SubjectAlternativeName(_names(hosts)), critical=False)
+        return builder.sign(self.key, hashes.SHA256())
+
+
+def _self_signed(title: str, key: ec.EllipticCurvePrivateKey, now: int) -> x509.Certificate:
+    start = _time_of(now)
+    return (
+        _builder(title, _subject(title), key.public_key(), start, start + CA_LIFE)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_key_usage(signs_certificates=True), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+
+
+def _builder(
+    common_name: str, issuer: x509.Name, key: ec.EllipticCurvePublicKey, start: datetime, end: datetime
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(_subject(common_name))
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start - BACKDATED)
+        .not_valid_after(end)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=True,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _verified_request(csr: str) -> x509.CertificateSigningRequest:
+    if len(csr) > _MAX_PEM:
+        raise BadRequest(f"the CSR is over the cap of {_MAX_PEM} bytes")
+    try:
+        request = x509.load_pem_x509_csr(csr.encode())
+        valid = request.is_signature_valid
+    except (ValueError, UnsupportedAlgorithm, InvalidSignature) as error:
+        raise BadRequest(f"the CSR cannot be read: {error}") from error
+    if not valid:
+        raise BadRequest("the CSR is not signed by its own key")
+    return request
+
+
+def _check_subject(request: x509.CertificateSigningRequest, device_id: str) -> None:
+    """The CN becomes broker user, client id and part of topics, so it must be exactly the id."""
+    try:
+        check_device_id(device_id)
+    except IllegalName as error:
+        raise BadRequest(str(error)) from error
+    names = [name.value for name in request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    if names != [device_id]:
+        raise BadRequest(f"the CSR's common name is {names}, the device says it is {device_id!r}")
+
+
+def _still_good(path: Path, ca: _Ca, hosts: Sequence[str], now: int) -> bool:
+    pem = read_capped(path, _MAX_PEM)
+    if pem is None:
+        return False
+    try:
+        certificate = x509.load_pem_x509_certificate(pem)
+        certificate.verify_directly_issued_by(ca.certificate)
+    except (ValueError, TypeError, InvalidSignature):
+        return False  # the file is damaged, or the CA was replaced
+    left = certificate.not_valid_after_utc - _time_of(now)
+    return left > RENEW_WHEN_LEFT and set(_names(hosts)) <= set(_names_in(certificate))
+
+
+def _names_in(certificate: x509.Certificate) -> Sequence[x509.GeneralName]:
+    try:
+        return list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+    except x509.ExtensionNotFound:
+        return ()
+
+
+def _names(hosts: Sequence[str]) -> Sequence[x509.GeneralName]:
+    return [_general_name(host) for host in hosts]
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _subject(common_name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+
+
+def _load_or_make_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    pem = read_capped(path, _MAX_PEM)
+    if pem is None:
+        key = ec.generate_private_key(ec.SECP256R1())
+        write_atomically(path, _private_pem(key), mode=SECRET)
+        return key
+    loaded = load_pem_private_key(pem, None)
+    if not isinstance(loaded, ec.EllipticCurvePrivateKey):
+        raise ValueError(f"{path} is not an EC key")  # noqa: TRY004 - the file is wrong, not the caller's type
+    return loaded
+
+
+def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _time_of(milliseconds: int) -> datetime:
+    return datetime.fromtimestamp(milliseconds // 1000, timezone.utc)

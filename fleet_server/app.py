@@ -1,0 +1,256 @@
+"""Puts the server together: the only file that makes adapters. Starts the parts in order and stops them in reverse.
+
+The order: data, trust, broker, ingest, the connection to the broker, web, jobs. Nothing answers before what it needs
+is there; and at the end nothing is written after the database is closed.
+"""
+
+import logging
+import random
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+
+from fleet_server.adapters.artifacts import ArtifactFolder
+from fleet_server.adapters.authority import CertificateAuthority
+from fleet_server.adapters.broker import BrokerAddress, BrokerLink
+from fleet_server.adapters.database.accounts import DatabaseAccounts
+from fleet_server.adapters.database.opening import open_database
+from fleet_server.adapters.database.queries import Queries
+from fleet_server.adapters.database.registry import DatabaseDesiredStates, DatabaseRegistry, DatabaseReleases
+from fleet_server.adapters.database.telemetry import DatabaseTelemetry
+from fleet_server.adapters.director import OnlineDirector
+from fleet_server.adapters.durable import make_private_folder
+from fleet_server.adapters.image_repository import ImageFolder
+from fleet_server.adapters.mosquitto import BrokerSettings, ManagedBroker
+from fleet_server.adapters.scheduler import Jobs
+from fleet_server.config import ServerConfig
+from fleet_server.enrolment import Enrolment
+from fleet_server.ingest import Ingest
+from fleet_server.publishing import Publishing
+from fleet_server.rollouts import Rollouts
+from fleet_server.web.auth import Doorkeeper, make_admin
+from fleet_server.web.console_app import console_app
+from fleet_server.web.device_app import device_app
+from fleet_server.web.services import Parts
+from fleet_server.web.serving import Site, Tls, WebServer, listen
+
+MINUTE, HOUR, DAY = 60, 3600, 86_400  # seconds
+_log = logging.getLogger(__name__)
+
+
+class FleetServer:
+    """The whole server in one process. `start` may raise whatever a part cannot do; then nothing is left running."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        """Open the data and make every part; nothing listens yet."""
+        self._config = config
+        self._epoch = secrets.token_hex(8)
+        self._stack = ExitStack()
+        with ExitStack() as opening:
+            self._build(opening)
+            self._stack = opening.pop_all()
+
+    # ------------------------------------------------------------ what others want to know
+    @property
+    def console_url(self) -> str:
+        """Where people find the console."""
+        scheme = "https" if self._console.tls else "http"
+        host = self._config.console.host
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self._console.port}"
+
+    @property
+    def devices_port(self) -> int:
+        """The HTTPS port of devices."""
+        return self._devices.port
+
+    @property
+    def broker_port(self) -> int:
+        """The MQTT port of devices."""
+        return self._broker_port
+
+    @property
+    def running(self) -> bool:
+        """Whether the web still serves; false means that it is time to end and say so."""
+        return self._web.running
+
+    @property
+    def new_password(self) -> str | None:
+        """The admin's password, when this start made the account."""
+        return self._new_password
+
+    # ------------------------------------------------------------ starting and stopping
+    def start(self) -> None:
+        """Start everything; on failure stop what was started."""
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Stop everything, last started first."""
+        self._stack.close()
+
+    def _start(self) -> None:
+        self._publishing.catch_up(_now())
+        self._broker.start()
+        self._stack.callback(self._broker.stop)
+        self._link.start()
+        self._stack.callback(self._link.stop)
+        self._ingest.start()
+        self._stack.callback(self._ingest.stop)
+        self._web.start()
+        self._stack.callback(self._web.stop)
+        self._jobs.start()
+        self._stack.callback(self._jobs.stop)
+
+    # ------------------------------------------------------------ building
+    def _build(self, opening: ExitStack) -> None:
+        config = self._config
+        data = make_private_folder(config.data)
+        engine = open_database(config.database)
+        opening.callback(engine.dispose)
+        self._accounts = DatabaseAccounts(engine)
+        self._new_password = make_admin(self._accounts, data)
+        self._registry = DatabaseRegistry(engine, clock=_now)
+        self._desired = DatabaseDesiredStates(engine)
+        self._telemetry = DatabaseTelemetry(engine)
+        self._queries = Queries(engine, clock=_now)
+        hosts = config.public_hosts or (socket.gethostname(),)
+        self._authority = CertificateAuthority(data / "authority", hosts=hosts, now=_now())
+        self._director = OnlineDirector(data / "director")
+        self._image = ImageFolder(data / "image")
+        self._artifacts = ArtifactFolder(data / "bundles")
+        self._build_broker()
+        self._build_drivers(DatabaseReleases(engine), hosts[0])
+        self._build_web(opening)
+        self._plan_jobs()
+
+    def _build_broker(self) -> None:
+        config = self._config
+        self._broker_port = config.broker.port or _free_port()
+        admin_port = config.broker_admin_port or _free_port()
+        settings = BrokerSettings(
+            folder=config.data / "broker",
+            device_host=config.broker.host,
+            device_port=self._broker_port,
+            admin_port=admin_port,
+            device_tls=self._authority.server_files(),
+            admin_tls=self._authority.broker_admin_files(),
+        )
+        self._broker = ManagedBroker(settings, self._admitted)
+        self._link = BrokerLink(
+            BrokerAddress(port=admin_port, tls=self._authority.admin_client_files()),
+            epoch=self._epoch,
+            clock=_now,
+            jitter=random.random,
+            on_message=self._take,
+            on_connected=self._greet_broker,
+        )
+
+    def _build_drivers(self, releases: DatabaseReleases, public_host: str) -> None:
+        self._publishing = Publishing(
+            releases=releases, director=self._director, image=self._image, artifacts=self._artifacts
+        )
+        self._rollouts = Rollouts(
+            registry=self._registry,
+            releases=releases,
+            desired=self._desired,
+            director=self._director,
+            uplink=self._link,
+            new_id=partial(secrets.token_hex, 6),
+        )
+        self._enrolment = Enrolment(
+            registry=self._registry,
+            authority=self._authority,
+            director=self._director,
+            image=self._image,
+            desired=self._desired,
+            uplink=self._link,
+            random_bytes=secrets.token_bytes,
+            broker_host=public_host,
+            broker_port=self._broker_port,
+        )
+        self._ingest = Ingest(
+            telemetry=self._telemetry,
+            registry=self._registry,
+            desired=self._desired,
+            uplink=self._link,
+            newest_root=lambda: len(self._director.roots()),
+            on_birth=lambda device, birth: self._rollouts.answer_birth(device, birth, _now()),
+            clock=_now,
+        )
+
+    def _build_web(self, opening: ExitStack) -> None:
+        config = self._config
+        parts = Parts(
+            queries=self._queries,
+            registry=self._registry,
+            desired=self._desired,
+            enrolment=self._enrolment,
+            publishing=self._publishing,
+            rollouts=self._rollouts,
+            authority=self._authority,
+            director=self._director,
+            image=self._image,
+            artifacts=self._artifacts,
+            broker_up=lambda: self._link.connected,
+            epoch=self._epoch,
+            clock=_now,
+        )
+        tls = None
+        if config.console_certificate and config.console_key:
+            tls = Tls(certificate=config.console_certificate, key=config.console_key)
+        doorkeeper = Doorkeeper(self._accounts, clock=_now, secure=tls is not None)
+        console = opening.enter_context(listen(config.console.host, config.console.port))
+        devices = opening.enter_context(listen(config.devices.host, config.devices.port))
+        files = self._authority.server_files()
+        self._console = Site(app=console_app(parts, doorkeeper), listener=console, tls=tls)
+        self._devices = Site(
+            app=device_app(parts), listener=devices, tls=Tls(certificate=files.certificate, key=files.key)
+        )
+        self._web = WebServer([self._console, self._devices])
+
+    def _plan_jobs(self) -> None:
+        self._jobs = Jobs()
+        for seconds, name, job in self._planned():
+            self._jobs.every(seconds, name, job, at_once=True)
+
+    def _planned(self) -> tuple[tuple[float, str, Callable[[], object]], ...]:
+        kept = self._config.retention_days * DAY * 1000
+        return (
+            (10 * MINUTE, "renew desired states", lambda: self._rollouts.renew(_now())),
+            (HOUR, "renew image metadata", lambda: self._image.renew(_now())),
+            (DAY, "renew certificates", self._renew_certificates),
+            (HOUR, "forget old reports", lambda: self._telemetry.forget(before=_now() - kept)),
+            (HOUR, "forget old sessions", lambda: self._accounts.forget_sessions(_now())),
+        )
+
+    # ------------------------------------------------------------ small errands
+    def _admitted(self) -> list[str]:
+        return [device.id for device in self._registry.devices() if not device.revoked]
+
+    def _take(self, topic: str, payload: bytes, accept: Callable[[], None]) -> bool:
+        return self._ingest.offer(topic, payload, accept)
+
+    def _greet_broker(self) -> None:
+        """After each connection: the broker may have lost rights and retained messages."""
+        self._link.admit_all(self._admitted())
+        self._rollouts.republish_all()
+
+    def _renew_certificates(self) -> None:
+        if self._authority.renew(_now()):
+            _log.warning("server certificates were renewed; restart the server within 30 days to use them")
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

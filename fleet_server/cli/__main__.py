@@ -1,0 +1,264 @@
+"""``edgewarden``: the operators' command line, a client of the REST API.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not logged in, 4 the server cannot be reached.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+import protocol
+from fleet_server.api_types import DeviceView, EventView, ModelVersion, Overview, TokenCreated, TokenRequest
+from fleet_server.cli import keys, orders, output, publish
+from fleet_server.cli.keys import AsJson, Server
+from protocol.states import PresenceState
+
+FOLLOW_EVERY = 1.0  # seconds
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Looks after a fleet of edge devices.")
+devices_app = typer.Typer(no_args_is_help=True, help="Devices.")
+models_app = typer.Typer(no_args_is_help=True, help="Published models.")
+tokens_app = typer.Typer(no_args_is_help=True, help="Enrolment tokens.")
+app.add_typer(devices_app, name="devices")
+app.add_typer(models_app, name="models")
+app.add_typer(tokens_app, name="tokens")
+app.add_typer(keys.app, name="keys")
+app.command()(orders.deploy)
+app.command()(orders.rollback)
+models_app.command()(publish.publish)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"edgewarden {protocol.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Look after a fleet of edge devices."""
+
+
+# ---------------------------------------------------------------- people
+@app.command()
+def login(
+    password_file: Annotated[Path | None, typer.Option(help="Read the password from this file.")] = None,
+    server: Server = None,
+) -> None:
+    """Log in; the session is kept for later commands."""
+    password = _password(password_file)
+    with output.talking_to(server) as session:
+        session.login(password)
+        output.out.print(f"logged in to {session.server}", markup=False, highlight=False)
+
+
+@app.command()
+def logout(server: Server = None) -> None:
+    """End the session."""
+    with output.talking_to(server) as session:
+        session.logout()
+
+
+# ---------------------------------------------------------------- the fleet
+@app.command()
+def status(server: Server = None, as_json: AsJson = False) -> None:
+    """Say how the server and the fleet are doing."""
+    with output.talking_to(server) as session:
+        overview = session.get("/overview", Overview)
+    if as_json:
+        output.print_json(overview)
+        return
+    table = output.table("", "")
+    devices = ", ".join(f"{n} {state}" for state, n in sorted(overview.devices.items())) or "none enrolled"
+    output.row(table, ["server", f"Edgewarden {overview.version}"])
+    output.row(table, ["trust", "ready" if overview.trust_ready else "missing: run edgewarden keys init"])
+    output.row(table, ["broker", "up" if overview.broker_up else "down"])
+    output.row(table, ["devices", devices])
+    output.row(table, ["reports stored", str(overview.reports)])
+    output.row(table, ["unreadable messages", str(overview.dead_letters)])
+    table.show_header = False
+    output.out.print(table)
+
+
+@devices_app.command("list")
+def list_devices(
+    presence: Annotated[PresenceState | None, typer.Option(help="Only devices in this state.")] = None,
+    server: Server = None,
+    as_json: AsJson = False,
+) -> None:
+    """List devices with what they run."""
+    with output.talking_to(server) as session:
+        views = session.get("/devices", tuple[DeviceView, ...])
+    views = tuple(view for view in views if presence in (None, view.presence))
+    if as_json:
+        output.print_json(views)
+        return
+    table = output.table("device", "presence", "model", "wanted", "running", "update", "accuracy 5 min", "p95 ms")
+    for view in views:
+        _add_device(table, view)
+    output.out.print(table if views else "no devices")
+
+
+@devices_app.command("show")
+def show_device(device: str, server: Server = None, as_json: AsJson = False) -> None:
+    """Show one device."""
+    with output.talking_to(server) as session:
+        view = session.get(f"/devices/{device}", DeviceView)
+    if as_json:
+        output.print_json(view)
+        return
+    table = output.table("", "")
+    table.show_header = False
+    labels = ", ".join(f"{name}={value}" for name, value in sorted(view.labels.items()))
+    for name, value in (
+        ("device", view.id),
+        ("presence", view.presence.value),
+        ("last seen", output.when(view.last_seen)),
+        ("labels", labels),
+        ("agent", view.agent),
+        ("class", view.device_class),
+        ("desired state", f"{view.director_version_wanted} (accepted at birth: {view.director_version_accepted})"),
+        ("reports", f"{view.reports} stored, {view.missing} missing"),
+        *sorted(view.facts.items()),
+    ):
+        output.row(table, [name, value])
+    output.out.print(table)
+    models = output.table("device", "presence", "model", "wanted", "running", "update", "accuracy 5 min", "p95 ms")
+    _add_device(models, view)
+    output.out.print(models)
+
+
+@app.command()
+def events(
+    device: Annotated[str | None, typer.Option("--device", "-d", help="Only of this device.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000)] = 50,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing what happens.")] = False,
+    server: Server = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what happened on devices, oldest first."""
+    which = f"&device={device}" if device else ""
+    with output.talking_to(server) as session:
+        newest = session.get(f"/events?limit={limit}{which}", tuple[EventView, ...])
+        _print_events(newest, as_json)
+        last = max((event.row for event in newest), default=0)
+        while follow:
+            time.sleep(FOLLOW_EVERY)
+            newer = session.get(f"/events?limit=1000&after={last}{which}", tuple[EventView, ...])
+            _print_events(newer, as_json)
+            last = max((event.row for event in newer), default=last)
+
+
+@models_app.command("list")
+def list_models(server: Server = None, as_json: AsJson = False) -> None:
+    """List published versions and how well they do."""
+    with output.talking_to(server) as session:
+        versions = session.get("/models", tuple[ModelVersion, ...])
+    if as_json:
+        output.print_json(versions)
+        return
+    table = output.table("model", "version", "variant", "title", "running on", "accuracy", "bytes", "sha256")
+    for one in versions:
+        cells = [one.model, str(one.version), one.variant, one.title, str(one.running_on)]
+        output.row(table, [*cells, output.accuracy(one.accuracy), str(one.length), one.sha256[:16]])
+    output.out.print(table if versions else "no models are published")
+
+
+@tokens_app.command("create")
+def create_token(
+    *,
+    uses: Annotated[int, typer.Option(min=1, help="How many devices may enrol with it.")] = 1,
+    life: Annotated[int, typer.Option(min=1, help="Seconds until it expires.")] = 3600,
+    label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the devices; may be repeated.")] = None,
+    file: Annotated[Path | None, typer.Option("--output", "-o", help="Write it to this file (mode 0600).")] = None,
+    server: Server = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an enrolment token. It is shown only now."""
+    request = TokenRequest(uses=uses, life_seconds=life, labels=_labels(label or ()))
+    with output.talking_to(server) as session:
+        created = session.post("/tokens", request, TokenCreated)
+    if file is not None:
+        _write_secret(file, created.token)
+    if as_json:
+        output.print_json(created)
+    elif file is None:
+        typer.echo(created.token)
+    else:
+        output.out.print(f"wrote {file}; it is valid until {output.when(created.expires_at)}")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+# ---------------------------------------------------------------- small parts
+def _add_device(table: Table, view: DeviceView) -> None:
+    state = output.state(view.presence)
+    if not view.models:
+        output.row(table, [view.id, state])
+        return
+    for model in view.models:
+        update = output.state(model.state)
+        if model.reason:
+            update.append(f" {model.reason.value}")
+        wanted = f"v{model.wanted_version}" if model.wanted_version is not None else None
+        running = f"v{model.running_version}" if model.running_version is not None else None
+        accuracy, p95 = output.accuracy(model.accuracy), output.milliseconds(model.p95_us)
+        output.row(table, [view.id, state, model.model, wanted, running, update, accuracy, p95])
+
+
+def _print_events(newest_first: Sequence[EventView], as_json: bool) -> None:
+    for event in reversed(newest_first):
+        if as_json:
+            output.print_json(event)
+            continue
+        model = f"{event.model} v{event.version}" if event.version is not None else event.model or ""
+        state = " ".join(word.value for word in (event.state, event.reason) if word)
+        parts = (output.when(event.received_at), event.device, event.kind.value, model, state, event.detail)
+        output.out.print(
+            "  ".join(output.clean(part) for part in parts if part), markup=False, highlight=False, soft_wrap=True
+        )
+
+
+def _labels(pairs: Sequence[str]) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not name or not equals:
+            raise typer.BadParameter(f"{pair!r} is not KEY=VALUE", param_hint="--label")
+        labels[name] = value
+    return labels
+
+
+def _password(file: Path | None) -> str:
+    if file is None:
+        return os.environ.get("EDGEWARDEN_PASSWORD") or str(typer.prompt("Password", hide_input=True))
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"cannot read {file}: {error}") from error
+
+
+def _write_secret(file: Path, secret: str) -> None:
+    try:
+        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(handle, "w", encoding="utf-8") as opened:
+            os.fchmod(opened.fileno(), 0o600)
+            opened.write(secret + "\n")
+    except OSError as error:
+        output.say_error(f"cannot write {file}: {error.strerror}")
+        raise typer.Exit(output.FAILED) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""A session with the fleet server's REST API: the log-in cookie, requests, and errors that say what to do.
+
+Knows HTTP and the problem+json errors of `fleet_server.api_types`. It stops there: what an answer means is for the
+commands. Paths are relative to ``/api/v1``.
+
+Errors::
+
+    ApiError            the server said no; ``detail`` is its sentence         (exit code 1)
+    ├── NotLoggedIn     there is no session, or it is over                      (exit code 3)
+    └── Unreachable     no answer: wrong address, server down, TLS not trusted  (exit code 4)
+
+Environment: EDGEWARDEN_SERVER (address), EDGEWARDEN_PASSWORD (logs in by itself), EDGEWARDEN_CA (PEM file that
+signs the console's certificate when it is served over TLS).
+"""
+
+import json
+import os
+import tempfile
+from http import HTTPStatus
+from http.cookies import SimpleCookie
+from pathlib import Path
+from typing import IO, TypeVar
+
+import msgspec
+import urllib3
+
+from fleet_server.api_types import API, LoginRequest, Problem
+
+DEFAULT_SERVER = "http://127.0.0.1:8080"
+ADMIN = "admin"
+COOKIE = "edgewarden_session"
+MAX_ANSWER = 64 * 1024 * 1024  # bytes; a fleet's device list is far below, a runaway answer is not read
+_TIMEOUT = urllib3.Timeout(connect=5.0, read=60.0)
+_UPLOAD_TIMEOUT = urllib3.Timeout(connect=5.0, read=600.0)
+_FIRST_ERROR = HTTPStatus.BAD_REQUEST  # 4xx and 5xx are the errors
+_CSRF = {"X-Requested-With": "edgewarden"}
+
+T = TypeVar("T")
+
+
+class ApiError(Exception):
+    """The server refused a request. Fields: ``status``, ``title``, ``detail``."""
+
+    exit_code = 1
+
+    def __init__(self, status: int, title: str, detail: str = "") -> None:
+        """Keep the parts of the problem; the text is the most useful of them."""
+        super().__init__(detail or title)
+        self.status = status
+        self.title = title
+        self.detail = detail
+
+
+class NotLoggedIn(ApiError):
+    """The server wants a log-in first."""
+
+    exit_code = 3
+
+
+class Unreachable(ApiError):
+    """No answer came."""
+
+    exit_code = 4
+
+
+class Session:
+    """One operator talking to one fleet server."""
+
+    def __init__(
+        self,
+        server: str | None = None,
+        *,
+        cookies: Path | None = None,
+        password: str | None = None,
+        ca: str | None = None,
+    ) -> None:
+        """Take what is not given from the environment; no request is made yet."""
+        self.server = (server or os.environ.get("EDGEWARDEN_SERVER") or DEFAULT_SERVER).rstrip("/")
+        self._cookies = CookieFile(cookies or default_cookie_file())
+        self._password = password or os.environ.get("EDGEWARDEN_PASSWORD")
+        self._pool = urllib3.PoolManager(ca_certs=ca or os.environ.get("EDGEWARDEN_CA"), retries=False)
+
+    def close(self) -> None:
+        """Close the connections; the log-in stays."""
+        self._pool.clear()
+
+    def login(self, password: str, user: str = ADMIN) -> None:
+        """Log in and keep the cookie for later commands; raise `NotLoggedIn` when refused."""
+        answer = self._send("POST", "/login", msgspec.json.encode(LoginRequest(user=user, password=password)))
+        if answer.status >= _FIRST_ERROR:
+            raise _error(answer)
+        self._cookies.save(self.server, _cookie_of(answer))
+
+    def logout(self) -> None:
+        """End the session on the server and forget the cookie."""
+        self._send("POST", "/logout", b"{}")
+        self._cookies.save(self.server, None)
+
+    def get(self, path: str, type: type[T]) -> T:  # noqa: A002 - reads as `get(path, type=...)`
+        """GET a resource; raise `ApiError`."""
+        return msgspec.json.decode(self._answer("GET", path), type=type)
+
+    def get_bytes(self, path: str) -> bytes:
+        """GET a file, such as signed metadata, exactly as stored; raise `ApiError`."""
+        return self._answer("GET", path)
+
+    def post(self, path: str, body: msgspec.Struct, type: type[T]) -> T:  # noqa: A002 - as in get
+        """POST a JSON body; raise `ApiError`."""
+        return msgspec.json.decode(self._answer("POST", path, msgspec.json.encode(body)), type=type)
+
+    def upload(self, path: str, fileobj: IO[bytes], length: int) -> None:
+        """POST a file's bytes as they are, e.g. to ``/models/bundles/<sha256>``; raise `ApiError`."""
+        self._login_by_environment()
+        answer = self._send("POST", path, fileobj, length=length)
+        if answer.status >= _FIRST_ERROR:
+            raise _error(answer)
+
+    def _answer(self, method: str, path: str, body: bytes | None = None) -> bytes:
+        """Send; when the session is over and a password is at hand, log in and send once more."""
+        self._login_by_environment()
+        answer = self._send(method, path, body)
+        if answer.status == HTTPStatus.UNAUTHORIZED and self._password:
+            self.login(self._password)
+            answer = self._send(method, path, body)
+        if answer.status >= _FIRST_ERROR:
+            raise _error(answer)
+        return answer.data
+
+    def _login_by_environment(self) -> None:
+        if self._password and not self._cookies.load(self.server):
+            self.login(self._password)
+
+    def _send(
+        self, method: str, path: str, body: bytes | IO[bytes] | None = None, *, length: int | None = None
+    ) -> "Answer":
+        headers = dict(_CSRF)
+        cookie = self._cookies.load(self.server)
+        if cookie:
+            headers["Cookie"] = f"{COOKIE}={cookie}"
+        if length is not None:
+            headers |= {"Content-Type": "application/octet-stream", "Content-Length": str(length)}
+        elif body is not None:
+            headers["Content-Type"] = "application/json"
+        timeout = _TIMEOUT if length is None else _UPLOAD_TIMEOUT
+        try:
+            answer = self._pool.request(
+                method,
+                f"{self.server}{API}{path}",
+                body=body,
+                headers=headers,
+                timeout=timeout,
+                redirect=False,
+                preload_content=False,
+            )
+            return _read_capped(answer)
+        except urllib3.exceptions.HTTPError as error:
+            raise Unreachable(0, "no answer", f"no answer from {self.server}: {error}") from error
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What came back, read within the cap."""
+
+    status: int
+    data: bytes
+    cookies: str  # the Set-Cookie header
+
+
+class CookieFile:
+    """Log-in cookies by server address, in a file only its owner may read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def load(self, server: str) -> str | None:
+        """Return the cookie of a server, or None."""
+        cookie = self._all().get(server)
+        return cookie if isinstance(cookie, str) else None
+
+    def save(self, server: str, cookie: str | None) -> None:
+        """Store a cookie (None forgets it); the file is replaced in one step and never readable by others."""
+        cookies = {**self._all(), server: cookie}
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, name = tempfile.mkstemp(dir=self._path.parent)  # mkstemp makes it 0600
+        with os.fdopen(handle, "w") as file:
+            json.dump({k: v for k, v in cookies.items() if v}, file)
+        Path(name).replace(self._path)
+
+    def _all(self) -> dict[str, object]:
+        try:
+            content = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+
+def default_cookie_file() -> Path:
+    """Return ``$XDG_CONFIG_HOME/edgewarden/session.json`` (default ``~/.config``)."""
+    base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    return Path(base) / "edgewarden" / "session.json"
+
+
+def _read_capped(answer: urllib3.BaseHTTPResponse) -> "Answer":
+    data = answer.read(MAX_ANSWER + 1)
+    answer.release_conn()
+    if len(data) > MAX_ANSWER:
+        raise ApiError(answer.status, "answer too long", f"the answer is over {MAX_ANSWER} bytes")
+    return Answer(status=answer.status, data=data, cookies=answer.headers.get("Set-Cookie", ""))
+
+
+def _cookie_of(answer: Answer) -> str:
+    jar = SimpleCookie(answer.cookies)
+    if COOKIE not in jar:
+        raise ApiError(answer.status, "no session", "the server accepted the log-in but sent no session cookie")
+    return jar[COOKIE].value
+
+
+def _error(answer: Answer) -> ApiError:
+    """Turn a problem+json answer into an error; any other body becomes its status text."""
+    kind = NotLoggedIn if answer.status == HTTPStatus.UNAUTHORIZED else ApiError
+    try:
+        problem = msgspec.json.decode(answer.data, type=Problem)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return kind(answer.status, f"HTTP {answer.status}", f"the server answered {answer.status}")
+    return kind(answer.status, problem.title, problem.detail)

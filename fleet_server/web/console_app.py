@@ -1,0 +1,83 @@
+"""The app for people and their programs: REST API, console pages, static files, health; one guard before it all."""
+
+from pathlib import Path
+from typing import Any
+
+from litestar import Litestar, Response, get
+from litestar.di import Provide
+from litestar.exceptions import HTTPException, NotAuthorizedException
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import JsonRenderPlugin
+from litestar.response import Redirect
+from litestar.static_files import create_static_files_router
+
+import protocol
+from fleet_server.api_types import API
+from fleet_server.web.api.routes import router
+from fleet_server.web.auth import Doorkeeper, guard
+from fleet_server.web.console import pages
+from fleet_server.web.headers import with_security_headers
+from fleet_server.web.problems import AnyRequest, answer, handlers
+from fleet_server.web.services import Parts
+
+STATIC = Path(__file__).parent / "static"
+MAX_BODY = 1024 * 1024  # bytes of a JSON or form body, where a route does not say otherwise
+
+
+@get("/health", opt={"open": True}, sync_to_thread=False)
+def health() -> dict[str, str]:
+    """Say that the process answers."""
+    return {"status": "ok"}
+
+
+def console_litestar(parts: Parts, doorkeeper: Doorkeeper) -> Litestar:
+    """Return the app itself; tests walk its routes."""
+    return Litestar(
+        route_handlers=[
+            health,
+            router,
+            pages.login_page,
+            pages.login,
+            pages.logout,
+            pages.fleet_page,
+            pages.device_page,
+            pages.models_page,
+            create_static_files_router("/static", [STATIC], opt={"open": True}, include_in_schema=False),
+        ],
+        dependencies={
+            "parts": Provide(lambda: parts, sync_to_thread=False, use_cache=True),
+            "doorkeeper": Provide(lambda: doorkeeper, sync_to_thread=False, use_cache=True),
+        },
+        guards=[guard(doorkeeper)],
+        exception_handlers=handlers(_answer),
+        logging_config=None,
+        request_max_body_size=MAX_BODY,
+        openapi_config=OpenAPIConfig(
+            title="Edgewarden",
+            version=protocol.__version__,
+            path=f"{API}/schema",
+            render_plugins=[JsonRenderPlugin(path="/openapi.json")],
+        ),
+    )
+
+
+def console_app(parts: Parts, doorkeeper: Doorkeeper) -> Any:
+    """Return the ASGI app of the console port."""
+    return with_security_headers(console_litestar(parts, doorkeeper))
+
+
+def _answer(request: AnyRequest, error: Exception) -> Response[Any]:
+    """Answer programs with problem+json and people with a page; who is not logged in is shown the way."""
+    if not _is_for_a_person(request):
+        return answer(error)
+    if isinstance(error, NotAuthorizedException):
+        return Redirect("/login", status_code=303)
+    if isinstance(error, HTTPException):
+        return pages.error_page(error)
+    return answer(error)
+
+
+def _is_for_a_person(request: AnyRequest) -> bool:
+    path = request.url.path
+    is_page = not path.startswith((API, "/static", "/health")) and "fragment" not in request.query_params
+    return is_page and "text/html" in request.headers.get("accept", "")

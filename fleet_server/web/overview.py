@@ -1,0 +1,61 @@
+"""How the server and its trust are doing, gathered for the API and the console alike."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+
+import msgspec
+
+import protocol
+from fleet_server.api_types import DeviceView, Overview, TrustStatus
+from fleet_server.web.services import Parts
+
+
+class _Signed(msgspec.Struct, frozen=True):
+    """The part of TUF metadata that people are shown; verified when it was accepted."""
+
+    version: int
+    expires: str
+
+
+class _Metadata(msgspec.Struct, frozen=True):
+    signed: _Signed
+
+
+def overview_of(parts: Parts, devices: Sequence[DeviceView]) -> Overview:
+    """Return the figures of the first page."""
+    reports, dead_letters = parts.queries.counts()
+    return Overview(
+        version=protocol.__version__,
+        epoch=parts.epoch,
+        now=parts.clock(),
+        trust_ready=_is_ready(parts),
+        broker_up=parts.broker_up(),
+        devices=dict(Counter(device.presence.value for device in devices)),
+        reports=reports,
+        dead_letters=dead_letters,
+    )
+
+
+def trust_of(parts: Parts) -> TrustStatus:
+    """Return which signed metadata is in force."""
+    first_root = parts.image.first_root()
+    targets = _signed(parts.image.metadata("targets.json"))
+    image_root = _signed(parts.image.metadata("root.json"))
+    return TrustStatus(
+        ready=_is_ready(parts),
+        ca_key_sha256=parts.authority.ca_key_sha256(),
+        image_root_sha256=hashlib.sha256(first_root).hexdigest() if first_root else None,
+        image_root_version=image_root.version if image_root else None,
+        director_root_version=len(parts.director.roots()) or None,
+        targets_version=targets.version if targets else None,
+        targets_expires=targets.expires if targets else None,
+    )
+
+
+def _is_ready(parts: Parts) -> bool:
+    return parts.image.first_root() is not None and bool(parts.director.roots())
+
+
+def _signed(metadata: bytes | None) -> _Signed | None:
+    return msgspec.json.decode(metadata, type=_Metadata).signed if metadata else None

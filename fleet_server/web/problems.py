@@ -1,0 +1,77 @@
+"""Every error as RFC 9457 problem+json: which exception is which status, and what a person reads.
+
+Nothing of a traceback or of the request's content leaves the server; what went wrong inside is logged.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+
+import msgspec
+from litestar import Request, Response
+from litestar.datastructures import State
+from litestar.exceptions import HTTPException, ValidationException
+from litestar.types import ExceptionHandlersMap
+
+from fleet_server.api_types import Problem
+from fleet_server.enrolment import BadRequest, DeviceExists, NotReady, TokenRefused
+from fleet_server.ingest import StoreUnavailable
+from fleet_server.publishing import Refused
+from fleet_server.rollouts import BadOrder
+
+PROBLEM_JSON = "application/problem+json"
+STATUS_OF: Mapping[type[Exception], HTTPStatus] = {
+    BadRequest: HTTPStatus.BAD_REQUEST,
+    TokenRefused: HTTPStatus.FORBIDDEN,
+    DeviceExists: HTTPStatus.CONFLICT,
+    NotReady: HTTPStatus.CONFLICT,
+    BadOrder: HTTPStatus.CONFLICT,
+    Refused: HTTPStatus.CONFLICT,
+    StoreUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+}
+MAX_DETAIL = 2000  # characters
+AnyRequest = Request[object, object, State]
+_log = logging.getLogger(__name__)
+
+
+def problem_of(error: Exception) -> tuple[Problem, Mapping[str, str]]:
+    """Return the problem an exception stands for, and headers that go with it."""
+    if isinstance(error, HTTPException):
+        return _problem(error.status_code, _sentence_of(error)), dict(error.headers or {})
+    for kind, status in STATUS_OF.items():
+        if isinstance(error, kind):
+            return _problem(status, str(error)), {}
+    _log.error("a request went wrong", exc_info=error)
+    return _problem(HTTPStatus.INTERNAL_SERVER_ERROR, "the server's log says what went wrong"), {}
+
+
+def answer(error: Exception) -> Response[bytes]:
+    """Return an exception as a problem+json response."""
+    problem, headers = problem_of(error)
+    return Response(
+        msgspec.json.encode(problem), status_code=problem.status, media_type=PROBLEM_JSON, headers=dict(headers)
+    )
+
+
+def handlers(answer_: Callable[[AnyRequest, Exception], Response[bytes]]) -> ExceptionHandlersMap:
+    """Return the exception handlers of an app: everything ends in ``answer_``."""
+    kinds: tuple[type[Exception], ...] = (HTTPException, Exception, *STATUS_OF)
+    return dict.fromkeys(kinds, answer_)
+
+
+def _problem(status: int, detail: str) -> Problem:
+    return Problem(status=status, title=HTTPStatus(status).phrase, detail=detail[:MAX_DETAIL])
+
+
+def _sentence_of(error: HTTPException) -> str:
+    """Return what is wrong, naming the fields of a request that did not fit."""
+    if isinstance(error, ValidationException) and isinstance(error.extra, list):
+        return "; ".join(_field(entry) for entry in error.extra) or error.detail
+    return error.detail
+
+
+def _field(entry: object) -> str:
+    if not isinstance(entry, Mapping):
+        return str(entry)
+    key, message = entry.get("key"), entry.get("message", "")
+    return f"{key}: {message}" if key else str(message)

@@ -1,0 +1,36 @@
+"""What the web needs of the rest of the server, in one fact that `app.py` fills."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+from litestar.params import Dependency
+
+from fleet_server.adapters.database.queries import Queries
+from fleet_server.enrolment import Enrolment
+from fleet_server.ports import Artifacts, Authority, DesiredStates, Director, ImageRepository, Registry
+from fleet_server.publishing import Publishing
+from fleet_server.rollouts import Rollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Drivers and adapters, by the names that handlers use. ``clock`` gives UTC ms."""
+
+    queries: Queries
+    registry: Registry
+    desired: DesiredStates
+    enrolment: Enrolment
+    publishing: Publishing
+    rollouts: Rollouts
+    authority: Authority
+    director: Director
+    image: ImageRepository
+    artifacts: Artifacts
+    broker_up: Callable[[], bool]
+    epoch: str
+    clock: Callable[[], int]
+
+
+# What handlers write as the type of their ``parts``: Litestar passes it through unchecked.
+GivenParts = Annotated[Parts, Dependency(skip_validation=True)]

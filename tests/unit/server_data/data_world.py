@@ -1,0 +1,144 @@
+"""Facts and real databases for the tests of this folder."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+
+from fleet_server.adapters.database import tables
+from fleet_server.adapters.database.opening import open_database
+from fleet_server.adapters.database.registry import DatabaseRegistry
+from fleet_server.ports import Assigned, Device, PublishedBundle, SignedDesire
+from protocol.manifest import Needs
+from protocol.messages import Birth, Event, Report, RunningModel, Window
+from protocol.release import Assignment, DeviceConfig, Release
+from protocol.states import DeploymentState, EventKind, RejectReason
+from protocol.statistics import (
+    ConfusionCell,
+    ModelStatistics,
+    TruthStatistics,
+    bucket_index,
+    histogram_from,
+)
+
+NOW = 1_790_000_000_000 - 1_790_000_000_000 % 60_000  # a whole minute
+MINUTE = 60_000
+DIGEST = "a" * 64
+
+
+@contextmanager
+def database(folder: Path) -> Iterator[Engine]:
+    engine = open_database(f"sqlite:///{folder / 'test.db'}")
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+def enrol(engine: Engine, *names: str, labels: dict[str, str] | None = None, certificate: str = "PEM") -> None:
+    registry = DatabaseRegistry(engine, clock=lambda: NOW)
+    for name in names:
+        registry.add_device(Device(id=name, labels=labels or {}, certificate=certificate, enrolled_at=NOW))
+
+
+def report(
+    sequence: int,
+    *,
+    spool: str = "s1",
+    covers: int = 1,
+    digest: str = DIGEST[:16],
+    start: int = NOW,
+    span: int = MINUTE,
+    requests: int = 10,
+    errors: int = 0,
+    latency: int = 1500,
+    truth: tuple[ConfusionCell, ...] = (),
+    **fields: object,
+) -> Report:
+    n = requests - errors
+    histogram = histogram_from({bucket_index(latency): n}, zero=0, sum_=latency * n, max_=latency)
+    model = ModelStatistics(digest=digest, requests=requests, errors=errors, latency=histogram)
+    return Report(
+        spool=spool,
+        sequence=sequence,
+        covers=covers,
+        windows=(Window(start=start, span=span, models=(model,), **fields),),  # type: ignore[arg-type]  # resources
+        truth=(TruthStatistics(digest=digest, minute=start, confusion=truth),) if truth else (),
+    )
+
+
+def event(
+    sequence: int,
+    *,
+    spool: str = "s1",
+    at: int = NOW,
+    kind: EventKind = EventKind.DEPLOYMENT,
+    model: str | None = "digits",
+    version: int | None = 1,
+    state: DeploymentState | None = DeploymentState.COMMITTED,
+    reason: RejectReason | None = None,
+    digest: str | None = None,
+    detail: str = "",
+) -> Event:
+    return Event(
+        spool=spool,
+        sequence=sequence,
+        at=at,
+        kind=kind,
+        model=model,
+        version=version,
+        state=state,
+        reason=reason,
+        digest=digest,
+        detail=detail,
+    )
+
+
+def birth(connection: int = 1, *, models: tuple[RunningModel, ...] = (), **fields: object) -> Birth:
+    said: dict[str, object] = {"at": NOW, "spool": "s1", "boot": "b1", "agent": "0.1.0", "device_class": "x86_64"}
+    return Birth(connection=connection, models=models, **(said | fields))  # type: ignore[arg-type]  # any field
+
+
+def bundle(version: int, *, model: str = "digits", sha256: str | None = None, title: str = "") -> PublishedBundle:
+    release = Release(
+        model=model,
+        version=version,
+        variant="int8",
+        title=title,
+        inputs=(),
+        outputs=(),
+        needs=Needs(memory=1_000_000),
+    )
+    digest = sha256 or f"{version:x}".rjust(1, "0") * 64
+    return PublishedBundle(
+        release=release,
+        path=f"models/main/{model}-{version}-int8.ewb",
+        sha256=digest[:64],
+        length=1000 * version,
+        published_at=NOW,
+    )
+
+
+def desire(device: str, version: int, *bundles: PublishedBundle, attempt: int = 1) -> SignedDesire:
+    return SignedDesire(
+        device=device,
+        version=version,
+        assigned=tuple(Assigned(bundle=b, assignment=Assignment(rollout="r", attempt=attempt)) for b in bundles),
+        config=DeviceConfig(window_seconds=60),
+        timestamp=b"ts",
+        snapshot=b"sn",
+        targets=b"tg",
+        issued_at=NOW,
+        expires_at=NOW + version,
+    )
+
+
+def rows_of(engine: Engine, *names: str) -> dict[str, list[tuple[object, ...]]]:
+    """Everything in some tables, in an order of its own."""
+    with engine.connect() as connection:
+        return {
+            name: sorted(tuple(row) for row in connection.execute(sa.select(tables.metadata.tables[name])))
+            for name in names
+        }
