@@ -24,7 +24,8 @@ def main() -> int:
     parser.add_argument("--once", action="store_true", help="exit when the story is told (make demo ONCE=1)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where everything is put (default: %(default)s)")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell may have had it ignored in the background
+        signal.signal(number, _interrupt)
     world = World(options.folder)
     try:
         told = _tell(world)

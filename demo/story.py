@@ -51,7 +51,7 @@ def start_server(world: World) -> str:
     began = time.monotonic()
     world.start_server()
     world.wait("the administrator's password", lambda: (world.data / "admin-password").exists() or None)
-    overview = world.wait("a connected broker", lambda: _overview_with_broker(world))
+    overview = world.wait("a connected broker", lambda: overview_with_broker(world))
     return f"version {overview.version}, broker connected after {time.monotonic() - began:.1f} s"
 
 
@@ -87,7 +87,7 @@ def enrol_devices(world: World) -> str:
 # ---------------------------------------------------------------- 4 to 6: first model, answers, telemetry
 def deploy_first(world: World) -> str:
     """Publish and deploy the first model."""
-    _publish(world, "v1")
+    publish(world, "v1")
     took = _deploy_and_wait(world, 1)
     return f"committed on all three after {took:.1f} s"
 
@@ -133,7 +133,7 @@ def receive_telemetry(world: World) -> str:
 def deploy_better(world: World) -> str:
     """Swap in a better model under load."""
     before = _fleet_accuracy(world, 1)
-    _publish(world, "v2")
+    publish(world, "v2")
     failed_before = _failed(world)
     took = _deploy_and_wait(world, 2)
     world.wait("labelled accuracy of version 2", lambda: _accuracies(world, 2))
@@ -148,7 +148,7 @@ def deploy_better(world: World) -> str:
 def deploy_worse(world: World) -> str:
     """Deploy a worse one, validly signed, and watch accuracy fall."""
     before = _fleet_accuracy(world, 2)
-    _publish(world, "v3")
+    publish(world, "v3")
     _deploy_and_wait(world, 3)
     world.wait("labelled accuracy of version 3", lambda: _accuracies(world, 3))
     after = _fleet_accuracy(world, 3)
@@ -172,7 +172,7 @@ def roll_back(world: World) -> str:
 # ---------------------------------------------------------------- 8: attacks
 def refuse_tampered(world: World) -> str:
     """Change a byte of a bundle on the server's disk."""
-    _publish(world, "v1")  # becomes version 4: bytes that no device has yet
+    publish(world, "v1")  # becomes version 4: bytes that no device has yet
     bundle = _published(world, 4)
     row = world.newest_event()
     with world.thief.tampered(bundle.sha256):
@@ -235,17 +235,15 @@ def look_at_console(world: World) -> str:
 
 def balance_ledger(world: World) -> str:
     """Stop the streams, let the last windows arrive, and compare what clients got with what the server has."""
-    for stream in world.streams.values():
-        stream.stop()
-    answered = {name: stream.counts.answered for name, stream in world.streams.items()}
-    for name, single in world.single_requests.items():
-        answered[name] += single
+    world.pause_streams()
+    answered = {name: world.answered_ever[name] + world.single_requests[name] for name in DEVICES}
     stored = world.wait("equal sums", lambda: _equal_sums(world, answered))
     return f"{sum(stored.values())} requests answered = {sum(stored.values())} in the database, 0 reports missing"
 
 
 # ---------------------------------------------------------------- observations
-def _overview_with_broker(world: World) -> Overview | None:
+def overview_with_broker(world: World) -> Overview | None:
+    """Return the overview once the server says that its broker is up."""
     overview = world.api().get("/overview", Overview)
     return overview if overview.broker_up else None
 
@@ -255,7 +253,8 @@ def _all_online(world: World) -> bool:
     return set(devices) == set(DEVICES) and all(d.presence is PresenceState.ONLINE for d in devices.values())
 
 
-def _publish(world: World, folder: str) -> None:
+def publish(world: World, folder: str) -> None:
+    """Sign and upload an example bundle."""
     world.edgewarden("models", "publish", str(EXAMPLES / folder), "--keys", str(world.keys))
 
 

@@ -21,7 +21,7 @@ import msgspec
 
 from demo.attacks import StolenServer
 from demo.processes import Programs
-from demo.stream import DigitStream, input_of
+from demo.stream import Counts, DigitStream, input_of
 from fleet_server.api_types import DeviceView, EventView, ModelOnDevice, SeriesPoint
 from fleet_server.cli.session import COOKIE, ApiError, CookieFile, Session
 
@@ -64,9 +64,15 @@ class World:
         self.ports = _choose_ports()
         self.programs = Programs(self.folder / "logs")
         self.streams = self._make_streams()
+        self.answered_ever: Counter[str] = Counter()  # by streams that have ended
         self.single_requests: Counter[str] = Counter()  # answered outside of the streams, by device
         self.thief = StolenServer(data=self.data, admin_port=self.ports.admin)
         self.session: Session | None = None
+
+    @property
+    def rate(self) -> float:
+        """Requests that each stream sends per second."""
+        return REQUESTS_PER_SECOND
 
     # ------------------------------------------------------------ programs
     @property
@@ -115,6 +121,13 @@ class World:
     def unix(self, name: str) -> Path:
         """Return the inference socket of a device."""
         return self.folder / name / "inference.sock"
+
+    def pause_streams(self) -> None:
+        """End the streams and keep what they counted."""
+        for name, stream in self.streams.items():
+            stream.stop()
+            self.answered_ever[name] += stream.counts.answered
+            stream.counts = Counts()
 
     def restart_streams(self) -> None:
         """Begin new streams; ended ones do not come back."""

@@ -50,6 +50,7 @@ RESERVE = 16 * 1024 * 1024  # bytes of disk that a download leaves free for the 
 MAX_RETRY_AFTER = 24 * 3600.0  # seconds; a server cannot silence a device for longer
 MAX_ROOT_STEPS = 256  # python-tuf's own limit of root rotations
 _CHUNK = 64 * 1024
+_POOL = 2  # connections kept: metadata may be asked for while a bundle comes in
 _OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 _OK, _PARTIAL, _UNAUTHORISED, _NOT_FOUND, _CONFLICT, _GONE, _BAD_RANGE = 200, 206, 401, 404, 409, 410, 416
@@ -138,7 +139,8 @@ class HttpsServer:
         if self._pool is None or context is not self._context:
             self.close()
             address = urlsplit(self.url)
-            self._pool = urllib3.HTTPSConnectionPool(address.hostname or "", address.port, ssl_context=context)
+            host = address.hostname or ""
+            self._pool = urllib3.HTTPSConnectionPool(host, address.port, maxsize=_POOL, ssl_context=context)
             self._context = context
         return self._pool
 

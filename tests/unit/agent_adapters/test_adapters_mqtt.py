@@ -142,6 +142,7 @@ def test_a_cut_wire_lets_the_broker_publish_the_will(make: Make, server: Server,
 
 def test_a_short_cut_within_the_will_delay_is_no_death(make: Make, server: Server, wire: Wire) -> None:
     agent = make(port=wire.port, will_delay=30).connect()
+    wait_for(lambda: server.payloads(STATE))
 
     wire.cut()
     wait_for(lambda: agent.told["on_disconnected"])
