@@ -34,7 +34,7 @@ from agent.adapters.trial import TrialChild
 from agent.adapters.trust import TufTrust
 from agent.channel import Answer, Ready, Refused, Serving, StatisticsDelta, Withdrawn
 from agent.config import AgentSettings, InferenceSettings, device_class
-from agent.core.deployment import Deployment
+from agent.core.deployment import running_model
 from agent.core.merging import merge_payloads
 from agent.core.retry import BackOff
 from agent.core.windows import Windows
@@ -82,9 +82,7 @@ class Daemon:
             memory_total=self._host.read(None).memory_total or 0,
         )
         self._spool = SqliteSpool(state / "spool.db", merge=merge_payloads, limit=settings.telemetry.spool_bytes)
-        self._server = HttpsServer(
-            self._identity.settings.server, tls=self._server_tls, authorise=lambda: self._identity.token(_now())
-        )
+        self._server = HttpsServer(self._identity.settings.server, tls=self._server_tls, authorise=self._bearer_token)
         self._metadata = HttpsMetadata(self._server)
         self._scratch = _scratch()
         self._trust = TufTrust(
@@ -262,7 +260,7 @@ class Daemon:
 
     def _announce(self) -> None:
         """What serves has changed: the birth says so."""
-        self._models = tuple(_running(record) for record in self._updater.records())
+        self._models = tuple(running_model(record) for record in self._updater.records())
         self._uplink.announce()
         serving = ", ".join(f"{m.model} {m.version} ({m.state.value})" for m in self._models) or "no model yet"
         self._notifier.status(serving)
@@ -344,6 +342,10 @@ class Daemon:
             self._contexts[sane] = self._identity.server_tls(check_time=sane)
         return self._contexts[sane]
 
+    def _bearer_token(self) -> str:
+        """A clock behind the newest signed time uses that time; the server's is not far from it."""
+        return self._identity.token(max(_now(), self._trust.clock_floor))
+
     def _clock_is_sane(self) -> bool:
         """A clock behind what the Director signed is wrong: the pinned CA is then checked without its dates."""
         sane = _now() >= self._trust.clock_floor
@@ -354,17 +356,6 @@ class Daemon:
 
 def _now() -> int:
     return time.time_ns() // 1_000_000
-
-
-def _running(record: Deployment) -> RunningModel:
-    return RunningModel(
-        model=record.model,
-        state=record.state,
-        version=record.serving.version if record.serving else None,
-        digest=record.serving.digest if record.serving else None,
-        attempt=record.target.assignment.attempt if record.target else 0,
-        reason=record.reason,
-    )
 
 
 def _data_plane_options(inference: InferenceSettings) -> list[str]:

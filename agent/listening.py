@@ -1,8 +1,8 @@
 """The sockets that inference clients connect to: opened here, or taken over from systemd.
 
 Control (or systemd) holds them and the data plane inherits them, so connections made while no data plane lives wait
-in the kernel's backlog instead of being refused. They are only ever closed: ``shutdown()`` on a listening socket would
-stop it for every process that shares it. What is said over them is ``inference/server.py``'s business.
+in the kernel's backlog instead of being refused. They are only ever closed: ``shutdown()`` on a listening socket
+would stop it for every process that shares it. What is said over them is ``inference/server.py``'s business.
 
 `CannotListen` is for the person who chose the address; its message says what to do.
 """

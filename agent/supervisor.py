@@ -127,7 +127,11 @@ class Supervisor:
         self._thread.start()
 
     def serve(self, ticket: int, model: StoredModel) -> None:
-        """Order a bundle to serve; `Serving` or `Refused` with this ticket follows."""
+        """Order a bundle to serve; `Serving` or `Refused` with this ticket follows, unless the data plane dies first.
+
+        Then `DataPlaneExit` is the answer, and whoever ordered decides whether to order again. Ticket `RELOADED` says
+        that the bundle served before this start: it is loaded again after every death, and clients wait for it.
+        """
         self._inbox.put(_Wanted(ticket=ticket, name=model.manifest.model, model=model))
 
     def withdraw(self, ticket: int, model: str) -> None:
@@ -167,6 +171,8 @@ class Supervisor:
                 self._on_answer(message.plane, message.answer)
             case _Ended():
                 self._on_end(message.plane, message.returncode)
+            case _Wanted(ticket=ticket, model=model) if ticket == RELOADED and model:
+                self._adopt(message.name, model)
             case _Wanted():
                 self._held.append(message)
                 self._send_held()
@@ -280,7 +286,7 @@ class Supervisor:
         if self._clock() - plane.started >= HEALTHY_SECONDS:
             self._restarts = 0
         self._blame(plane)
-        self._refuse_asked()
+        self._forget_asked()
         if self._successor:
             self._current, self._successor = self._successor, None
         elif self._stopping_until is None:
@@ -299,17 +305,26 @@ class Supervisor:
             log.error("%s %d is left out: %s", suspect, model.manifest.version, reason)
             self._post(Refused(ticket=RELOADED, model=suspect, reason=reason))
 
-    def _refuse_asked(self) -> None:
+    def _forget_asked(self) -> None:
+        """Orders died with the data plane; a model whose withdrawal was ordered must not come back."""
         asked, self._asked = self._asked, {}
         for wanted in asked.values():
-            if wanted.model is None:  # it is withdrawn all right, and must not come back
+            if wanted.model is None:
                 self._serving.pop(wanted.name, None)
                 self._post(Withdrawn(ticket=wanted.ticket, model=wanted.name))
-            else:
-                reason = "the data plane died before it served this"
-                self._post(Refused(ticket=wanted.ticket, model=wanted.name, reason=reason))
 
     # ------------------------------------------------------------ ordering
+    def _adopt(self, name: str, model: StoredModel) -> None:
+        """Count a bundle among those that served; a data plane that is not open yet waits for it."""
+        self._serving[name] = model
+        plane = self._current
+        if plane is None:
+            return  # the next one begins with it
+        if not plane.open and name not in plane.reloading:
+            plane.reloading.append(name)
+        if plane.ready:
+            self._send(plane, _serve_order(RELOADED, model))
+
     def _send_held(self) -> None:
         plane = self._current
         if plane is None or not plane.open or self._successor or self._replacing:

@@ -110,6 +110,8 @@ class Updater:
     def plane_refuses(self, answer: Refused, now: int) -> None:
         """The data plane could not take a model up; what served before serves on."""
         if self._tickets.get(answer.model) != answer.ticket:
+            detail = f"{answer.model} could not be loaded again and does not serve: {answer.reason}"
+            self._events.record(kind=EventKind.DATA_PLANE, model=answer.model, detail=detail)
             return
         reverting = self._records[answer.model].state is DeploymentState.ROLLING_BACK
         event = Event.REVERT_FAILED if reverting else Event.SWAP_REFUSED

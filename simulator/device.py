@@ -18,7 +18,7 @@ import msgspec
 
 from agent.adapters.mqtt import Ears, Words
 from agent.channel import Serving, TrialVerdict
-from agent.core.deployment import Deployment
+from agent.core.deployment import running_model
 from agent.core.merging import merge_payloads
 from agent.core.windows import DEFAULT_LENGTH, Windows
 from agent.desire import Desires
@@ -304,18 +304,6 @@ class BelievingTrust:
 
     def versions(self) -> TrustVersions:
         return TrustVersions(director=self._director)
-
-
-def running_model(record: Deployment) -> RunningModel:
-    """Return what the birth says of a model."""
-    return RunningModel(
-        model=record.model,
-        state=record.state,
-        version=record.serving.version if record.serving else None,
-        digest=record.serving.digest if record.serving else None,
-        attempt=record.target.assignment.attempt if record.target else 0,
-        reason=record.reason,
-    )
 
 
 def _target(file: _TargetFile) -> Target:

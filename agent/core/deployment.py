@@ -16,6 +16,7 @@ from enum import Enum
 import msgspec
 
 from agent.core.facts import Target
+from protocol.messages import RunningModel
 from protocol.states import DeploymentState, RejectReason
 
 MAX_DOWNLOAD_TRIES = 50  # with back-off up to 15 min that is half a day of bad weather
@@ -228,6 +229,18 @@ def should_pursue(record: Deployment, target: Target) -> bool:
         return True
     failed = record.state in (S.FAILED, S.REJECTED, S.ROLLED_BACK)
     return failed and target.assignment.attempt > record.target.assignment.attempt
+
+
+def running_model(record: Deployment) -> RunningModel:
+    """Return what the birth says of a model: what serves, and where its update stands."""
+    return RunningModel(
+        model=record.model,
+        state=record.state,
+        version=record.serving.version if record.serving else None,
+        digest=record.serving.digest if record.serving else None,
+        attempt=record.target.assignment.attempt if record.target else 0,
+        reason=record.reason,
+    )
 
 
 def _count(record: Deployment, event: Event) -> Deployment:

@@ -61,7 +61,7 @@ def take_network_away() -> str:
 
 def deny_sockets(libc: ctypes.CDLL) -> None:
     """Install a filter under which making or using a socket fails with EPERM; raise `NoIsolation`."""
-    machine = platform.machine()
+    machine = _machine()
     if machine not in _SYSCALLS:
         raise NoIsolation(f"no system call numbers are known for {machine}")
     steps = _filter(*_SYSCALLS[machine])
@@ -72,6 +72,14 @@ def deny_sockets(libc: ctypes.CDLL) -> None:
         _PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), ctypes.byref(program), zero, zero
     ):
         raise NoIsolation(f"the kernel refuses a seccomp filter: {os.strerror(ctypes.get_errno())}")
+
+
+def _machine() -> str:
+    """Return the machine this process is built for: a 64-bit kernel also runs 32-bit systems."""
+    machine = platform.machine()
+    if sys.maxsize > 2**32:
+        return machine
+    return "armv7l" if machine.startswith(("arm", "aarch64")) else f"32-bit {machine}"
 
 
 class _Step(ctypes.Structure):

@@ -1,4 +1,4 @@
-"""Parts that the data plane's system tests share: published bundles, clients on a Unix socket, and a running control side."""
+"""Parts that the data plane's system tests share: published bundles, clients, a control side."""
 
 import hashlib
 import http.client
@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from agent.adapters.data_plane import DataPlaneProcesses, ListeningSockets
-from agent.channel import Open, Refused, Serving, StatisticsDelta, Withdrawn
+from agent.channel import Refused, Serving, StatisticsDelta, Withdrawn
 from agent.ports import DataPlaneExit, StoredModel
 from agent.supervisor import Event, Supervisor
 from protocol.bundle import write_bundle
@@ -156,24 +156,23 @@ def control_side(folder: Path, **supervisor: object) -> Iterator[Control]:
 class Load:
     """Clients that ask all the time, each on its own connection, and count what they get."""
 
-    def __init__(self, unix: Path, clients: int = 2, *, keep_alive: bool = True, image: np.ndarray | None = None) -> None:
+    def __init__(self, unix: Path, clients: int = 2, *, keep_alive: bool = True) -> None:
         self.answered = 0
         self.failures: list[str] = []
         self.refused = 0
         self.worst = 0.0
         self._unix = unix
         self._keep_alive = keep_alive
-        self._image = heldout()[0][0] if image is None else image
+        self._image = heldout()[0][0]
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._threads = [threading.Thread(target=self._ask_all_the_time) for _ in range(clients)]
 
-    def __enter__(self) -> "Load":
+    def start(self) -> None:
         for thread in self._threads:
             thread.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
         self._over.set()
         for thread in self._threads:
             thread.join()
@@ -207,4 +206,11 @@ class Load:
         client.close()
 
 
-__all__ = ["Control", "Load", "Open", "UnixClient", "control_side", "heldout", "manifest_of", "members", "store", "write_ewb"]
+@contextmanager
+def load(unix: Path, clients: int = 2, *, keep_alive: bool = True) -> Iterator[Load]:
+    asking = Load(unix, clients, keep_alive=keep_alive)
+    asking.start()
+    try:
+        yield asking
+    finally:
+        asking.stop()

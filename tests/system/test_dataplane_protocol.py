@@ -104,9 +104,7 @@ def test_tritonclient_reads_health_metadata_config_and_index(client: triton.Infe
         "outputs": [{"name": "scores", "datatype": "INT8", "shape": [1, 10]}],
     }
     assert client.get_model_config("digits", "2")["input"][0]["data_type"] == "TYPE_INT8"
-    assert client.get_model_repository_index() == [
-        {"name": "digits", "version": "2", "state": "READY", "reason": ""}
-    ]
+    assert client.get_model_repository_index() == [{"name": "digits", "version": "2", "state": "READY", "reason": ""}]
 
 
 def test_tritonclient_gets_the_same_scores_by_every_encoding(client: triton.InferenceServerClient) -> None:
@@ -218,9 +216,7 @@ def binary(size: int, sent: int) -> bytes:
             b"GET /v2 HTTP/1.1\r\nHost: localhost\r\nOrigin: https://evil.example\r\n\r\n", 403, "evil", id="origin"
         ),
         pytest.param(b"GET /v3 HTTP/1.1\r\nHost: [::1]:80\r\n\r\n", 404, "starts at /v2", id="unknown-path"),
-        pytest.param(
-            b"GET /v2/models/digits/infer HTTP/1.1\r\nHost: localhost\r\n\r\n", 405, "POST", id="method"
-        ),
+        pytest.param(b"GET /v2/models/digits/infer HTTP/1.1\r\nHost: localhost\r\n\r\n", 405, "POST", id="method"),
         pytest.param(
             b"POST /v2/models/digits/feedback HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}",
             403,

@@ -77,7 +77,9 @@ MODEL = members("v2")["model.tflite"]
     [
         pytest.param(lambda: other_model(MODEL[:5000]), RejectReason.SELFTEST_FAILED, "", id="truncated"),
         pytest.param(lambda: other_model(MODEL[:16]), RejectReason.SELFTEST_FAILED, "", id="stub"),
-        pytest.param(lambda: other_model(random.Random(1).randbytes(9000)), RejectReason.SELFTEST_FAILED, "", id="noise"),
+        pytest.param(
+            lambda: other_model(random.Random(1).randbytes(9000)), RejectReason.SELFTEST_FAILED, "", id="noise"
+        ),
         pytest.param(
             lambda: other_model(b"\x1c\0\0\0TFL3" + random.Random(2).randbytes(9000)),
             RejectReason.SELFTEST_FAILED,

@@ -78,7 +78,9 @@ def test_the_quick_prediction_is_the_calibrators(dtype: str, temperature: float 
     )
     calibrator = Calibrator(temperature=temperature, samples=100) if temperature else None
     rng = np.random.default_rng(seed)
-    tensor = rng.integers(0, 256, 10).astype(np.uint8).view(DTYPES[dtype]) if quantised else rng.random(10, np.float32)
+    tensor = (
+        rng.integers(0, 256, 10).astype(np.uint8).view(DTYPES[dtype]) if quantised else rng.random(10, np.float32)
+    )
     expected = top_class(probabilities(tensor, spec, calibrator))
     label, confidence = Predictor(spec, calibrator).predict(tensor.tobytes())
     assert label == expected[0]

@@ -10,8 +10,8 @@ from agent.inference.engine import Engine, UnknownModel
 from agent.inference.generation import Generation, ModelFailed, QueueFull, Retired
 from agent.inference.loading import CannotServe, Settings, WrongTensors, from_argument
 from protocol.manifest import Golden, TensorSpec
-from protocol.statistics import merge_by_digest
 from protocol.states import RuntimeName, Task
+from protocol.statistics import merge_by_digest
 
 
 @pytest.fixture

@@ -119,7 +119,7 @@ def test_sockets_of_systemd_are_taken_over(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        shell = f"exec 3<&{listener.fileno()}; exec {sys.executable} -c \"$0\""
+        shell = f'exec 3<&{listener.fileno()}; exec {sys.executable} -c "$0"'
         done = subprocess.run(
             ["bash", "-c", shell, story], pass_fds=[listener.fileno()], capture_output=True, text=True, check=True
         )
@@ -150,7 +150,9 @@ def test_without_network_nothing_can_be_reached(way: str) -> None:
 
 
 def test_an_orphan_ends_at_once() -> None:
-    story = "import os\nfrom agent.inference.kernel import die_with_parent\ndie_with_parent(os.environ)\nprint('lives')"
+    story = (
+        "import os\nfrom agent.inference.kernel import die_with_parent\ndie_with_parent(os.environ)\nprint('lives')"
+    )
     for parent, lives in ((os.getpid(), True), (1, False)):
         environment = {**os.environ, "EW_PARENT_PID": str(parent)}
         done = subprocess.run(

@@ -18,7 +18,8 @@ from agent.inference.server import Server
 from agent.listening import ListeningSockets
 
 INFER = (
-    b"POST /v2/models/digits/infer HTTP/1.1\r\nInference-Header-Content-Length: 0\r\nContent-Length: 64\r\n\r\n" + IMAGE
+    b"POST /v2/models/digits/infer HTTP/1.1\r\nInference-Header-Content-Length: 0\r\nContent-Length: 64\r\n\r\n"
+    + IMAGE
 )
 LIVE = b"GET /v2/health/live HTTP/1.1\r\n\r\n"
 QUICK = Limits(idle_seconds=0.3, head_seconds=0.1, body_seconds=0.1, send_seconds=0.2)

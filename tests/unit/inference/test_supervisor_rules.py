@@ -33,10 +33,9 @@ PATIENCE = 5.0
 class FakePlane:
     """A data plane that answers as it should, unless the test wants otherwise."""
 
-    def __init__(self, pid: int, dies_on: Callable[[Order], bool], mute: Callable[[Order], bool]) -> None:
+    def __init__(self, world: "World", pid: int) -> None:
+        self._world = world
         self._pid = pid
-        self._dies_on = dies_on
-        self._mute = mute
         self.orders: list[Order] = []
         self.killed = False
         self._answers: SimpleQueue[Answer | None] = SimpleQueue()
@@ -52,9 +51,9 @@ class FakePlane:
         if self._ended.is_set():
             raise ChannelClosed("gone")
         self.orders.append(order)
-        if self._dies_on(order):
+        if self._world.dies_on(order):
             self.die(-11)
-        elif not self._mute(order):
+        elif not self._world.mute(order):
             self._answer(order)
 
     def _answer(self, order: Order) -> None:
@@ -112,6 +111,7 @@ class World:
         self.mute: Callable[[Order], bool] = lambda _: False
         self.events: SimpleQueue[Event] = SimpleQueue()
         self.seen: list[Event] = []
+        self.unclaimed: list[Event] = []
         self.supervisor = Supervisor(
             self, self.events.put, clock=lambda: self.now, first_backoff=0.1, max_backoff=10, stop_seconds=0.2
         )
@@ -120,7 +120,7 @@ class World:
         self.launched.append(self.now)
         if self.failing_launches:
             raise self.failing_launches.popleft()
-        plane = FakePlane(100 + len(self.planes), lambda order: self.dies_on(order), lambda order: self.mute(order))
+        plane = FakePlane(self, 100 + len(self.planes))
         self.planes.append(plane)
         return plane
 
@@ -133,14 +133,15 @@ class World:
         def fits(event: Event) -> bool:
             return isinstance(event, kind) and all(getattr(event, name) == value for name, value in fields.items())
 
-        while True:
+        while not (found := next(filter(fits, self.unclaimed), None)):
             try:
                 event = self.events.get(timeout=PATIENCE)
             except Empty:
-                raise AssertionError(f"no {kind.__name__} with {fields} came; seen: {self.seen}") from None
+                raise AssertionError(f"no {kind.__name__} with {fields} came; unclaimed: {self.unclaimed}") from None
             self.seen.append(event)
-            if fits(event):
-                return event
+            self.unclaimed.append(event)
+        self.unclaimed.remove(found)  # the order in which different planes are heard is not fixed
+        return found
 
     def settle(self, plane: int, order: type) -> None:
         """Wait until a plane got an order of a kind."""
@@ -150,6 +151,16 @@ class World:
                 return
             deadline.wait(0.005)
         raise AssertionError(f"plane {plane} got no {order.__name__}: {[one.orders for one in self.planes]}")
+
+    def let_time_pass(self, launches: int) -> None:
+        """Move the clock in small steps until the supervisor has launched this often."""
+        for _ in range(2000):
+            if len(self.launched) >= launches:
+                return
+            self.now += 0.05
+            self.supervisor.withdraw(10_000, "nothing")  # wakes the thread, as any message does
+            threading.Event().wait(0.002)
+        raise AssertionError(f"launched {len(self.launched)} times, not {launches}")
 
     def served(self, plane: int) -> list[tuple[int, str, int]]:
         return [(o.ticket, o.model, o.version) for o in self.planes[plane].orders if isinstance(o, Serve)]
@@ -206,12 +217,21 @@ def test_a_withdrawn_model_does_not_come_back(world: World) -> None:
     assert world.served(1) == []
 
 
-def test_an_order_whose_data_plane_dies_is_refused_and_the_old_one_comes_back(world: World) -> None:
+def test_an_order_whose_data_plane_dies_is_answered_by_the_exit_and_the_old_one_comes_back(world: World) -> None:
     world.supervisor.serve(1, world.model("v1", 1))
     world.wait_for(Serving, ticket=1)
     world.dies_on = lambda order: isinstance(order, Serve) and order.version == 2
     world.supervisor.serve(2, world.model("v2", 2))
-    world.wait_for(Refused, ticket=2, reason="the data plane died before it served this")
+    world.wait_for(DataPlaneExit, planned=False)
+    world.settle(1, Open)
+    assert world.served(1) == [(0, "digits", 1)]
+    assert not [event for event in world.unclaimed if isinstance(event, Refused)]
+
+
+def test_what_served_before_the_start_is_loaded_before_clients_and_after_every_death(world: World) -> None:
+    world.supervisor.serve(0, world.model("v1", 1))
+    world.wait_for(Serving, ticket=0, version=1)
+    world.planes[0].die(-9)
     world.settle(1, Open)
     assert world.served(1) == [(0, "digits", 1)]
 
@@ -232,10 +252,7 @@ def test_restarts_come_at_once_then_ever_later_until_one_lives_long(world: World
         world.planes[k].die(1)
         world.wait_for(DataPlaneExit, pid=100 + k)
         died = world.now
-        while len(world.launched) < k + 2:  # the clock moves only until the next start
-            world.now += 0.05 if wait else 0
-            world.supervisor.withdraw(10_000, "nothing")  # wakes the thread, as any message does
-            threading.Event().wait(0.002)
+        world.let_time_pass(k + 2)
         assert wait <= world.launched[-1] - died + 1e-6 <= wait + 0.5
     world.settle(10, Open)
     world.now += 60
@@ -249,12 +266,7 @@ def test_a_start_that_fails_is_tried_again(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.failing_launches.extend([OSError("no memory"), OSError("no memory")])
     world.supervisor.start()
-    for _ in range(100):
-        world.now += 0.05
-        world.supervisor.withdraw(1, "nothing")
-        threading.Event().wait(0.005)
-        if world.planes:
-            break
+    world.let_time_pass(3)
     world.settle(0, Open)
     world.supervisor.stop()
     assert len(world.launched) == 3
@@ -268,15 +280,9 @@ def test_a_bundle_that_kills_each_data_plane_that_reloads_it_is_left_out(world: 
     world.planes[0].die(-9)
     for k in range(1, 4):
         world.wait_for(DataPlaneExit, pid=99 + k)
-        for _ in range(200):
-            world.now += 0.05
-            world.supervisor.withdraw(9, "nothing")
-            threading.Event().wait(0.002)
-            if len(world.planes) > k:
-                break
+        world.let_time_pass(k + 1)
     world.wait_for(Refused, ticket=0, model="digits", reason="3 data planes died while they loaded it")
-    world.now += 1
-    world.supervisor.withdraw(9, "nothing")
+    world.let_time_pass(5)
     world.settle(4, Open)
     assert world.served(4) == [(0, "faces", 5)]
 
@@ -300,8 +306,7 @@ def test_what_cannot_be_loaded_again_is_dropped_and_the_rest_serves(world: World
         world.wait_for(Refused, ticket=0, model="digits", reason="damaged")
         world.settle(1, Open)
         world.planes[1].die(-9)
-        world.now += 1
-        world.supervisor.withdraw(9, "nothing")
+        world.let_time_pass(3)
         world.settle(2, Open)
     finally:
         FakePlane._answer = real
