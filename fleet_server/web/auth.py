@@ -15,7 +15,6 @@ import threading
 from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerifyMismatchError
@@ -23,9 +22,10 @@ from litestar import Request, Response
 from litestar.concurrency import sync_to_thread
 from litestar.connection import ASGIConnection
 from litestar.datastructures import Cookie, State
+from litestar.di import NamedDependency
 from litestar.exceptions import NotAuthorizedException, PermissionDeniedException, TooManyRequestsException
 from litestar.handlers import BaseRouteHandler
-from litestar.params import Dependency
+from litestar.params import SkipValidation
 
 from fleet_server.ports import Accounts, LoginSession
 
@@ -137,7 +137,7 @@ class Doorkeeper:
         )
 
 
-GivenDoorkeeper = Annotated[Doorkeeper, Dependency(skip_validation=True)]
+GivenDoorkeeper = NamedDependency[SkipValidation[Doorkeeper]]
 
 
 def guard(doorkeeper: Doorkeeper) -> Callable[[AnyConnection, BaseRouteHandler], Awaitable[None]]:

@@ -5,11 +5,11 @@ from typing import Any
 
 from litestar import Litestar, Response, get
 from litestar.di import Provide
-from litestar.exceptions import HTTPException, NotAuthorizedException
+from litestar.exceptions import HTTPException, NotAuthorizedException, NotFoundException
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
+from litestar.params import FromPath
 from litestar.response import Redirect
-from litestar.static_files import create_static_files_router
 
 import protocol
 from fleet_server.api_types import API
@@ -17,10 +17,14 @@ from fleet_server.web.api.routes import router
 from fleet_server.web.auth import Doorkeeper, guard
 from fleet_server.web.console import pages
 from fleet_server.web.headers import with_security_headers
-from fleet_server.web.problems import AnyRequest, answer, handlers
+from fleet_server.web.problems import AnyRequest, CarefulRequest, answer, handlers
 from fleet_server.web.services import Parts
 
-STATIC = Path(__file__).parent / "static"
+# The few files of the console, read once: no request can name a path.
+_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}
+_FILES = {
+    path.name: path.read_bytes() for path in (Path(__file__).parent / "static").iterdir() if path.suffix in _TYPES
+}
 MAX_BODY = 1024 * 1024  # bytes of a JSON or form body, where a route does not say otherwise
 
 
@@ -28,6 +32,14 @@ MAX_BODY = 1024 * 1024  # bytes of a JSON or form body, where a route does not s
 def health() -> dict[str, str]:
     """Say that the process answers."""
     return {"status": "ok"}
+
+
+@get("/static/{name:str}", opt={"open": True}, sync_to_thread=False, include_in_schema=False)
+def static(name: FromPath[str]) -> Response[bytes]:
+    """Return a style sheet, script or picture of the console."""
+    if name not in _FILES:
+        raise NotFoundException("there is no such file")
+    return Response(_FILES[name], media_type=_TYPES[Path(name).suffix], headers={"Cache-Control": "max-age=60"})
 
 
 def console_litestar(parts: Parts, doorkeeper: Doorkeeper) -> Litestar:
@@ -42,7 +54,7 @@ def console_litestar(parts: Parts, doorkeeper: Doorkeeper) -> Litestar:
             pages.fleet_page,
             pages.device_page,
             pages.models_page,
-            create_static_files_router("/static", [STATIC], opt={"open": True}, include_in_schema=False),
+            static,
         ],
         dependencies={
             "parts": Provide(lambda: parts, sync_to_thread=False, use_cache=True),
@@ -51,6 +63,7 @@ def console_litestar(parts: Parts, doorkeeper: Doorkeeper) -> Litestar:
         guards=[guard(doorkeeper)],
         exception_handlers=handlers(_answer),
         logging_config=None,
+        request_class=CarefulRequest,
         request_max_body_size=MAX_BODY,
         openapi_config=OpenAPIConfig(
             title="Edgewarden",

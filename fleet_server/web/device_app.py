@@ -18,6 +18,7 @@ from litestar.datastructures import State
 from litestar.di import Provide
 from litestar.exceptions import NotAuthorizedException, NotFoundException, PermissionDeniedException
 from litestar.handlers import BaseRouteHandler
+from litestar.params import FromPath, JSONBody
 from litestar.response import Stream
 from litestar.types import ControllerRouterHandler
 
@@ -25,7 +26,7 @@ from fleet_server.ports import Registry
 from fleet_server.web.bodies import send_file
 from fleet_server.web.headers import with_security_headers
 from fleet_server.web.metadata import director_file
-from fleet_server.web.problems import handlers, problem_of
+from fleet_server.web.problems import CarefulRequest, handlers, problem_of
 from fleet_server.web.services import GivenParts, Parts
 from protocol.device_api import (
     AUDIENCE,
@@ -58,26 +59,26 @@ def ca(parts: GivenParts) -> Response[bytes]:
 
 
 @post(ENROL_PATH, opt={"open": True}, status_code=200, sync_to_thread=True)
-def enroll(data: EnrolRequest, parts: GivenParts) -> EnrolResponse:
+def enroll(data: JSONBody[EnrolRequest], parts: GivenParts) -> EnrolResponse:
     """Take a new device in."""
     return parts.enrolment.enrol(data, parts.clock())
 
 
 @get(DIRECTOR_METADATA_PATH + "/{name:str}", sync_to_thread=True)
-def director_metadata(name: str, request: AnyRequest, parts: GivenParts) -> Response[bytes]:
+def director_metadata(name: FromPath[str], request: AnyRequest, parts: GivenParts) -> Response[bytes]:
     """Return a file of the Director repository as this device is to see it."""
     desire = parts.desired.desired(request.state.device)
     return _metadata(director_file(name, parts.director.roots(), desire), name)
 
 
 @get(IMAGE_METADATA_PATH + "/{name:str}", sync_to_thread=True)
-def image_metadata(name: str, parts: GivenParts) -> Response[bytes]:
+def image_metadata(name: FromPath[str], parts: GivenParts) -> Response[bytes]:
     """Return a file of the Image repository."""
     return _metadata(parts.image.metadata(name), name)
 
 
 @get(BUNDLES_PATH + "/{sha256:str}", sync_to_thread=True)
-def bundle(sha256: str, request: AnyRequest, parts: GivenParts) -> Response[bytes] | Stream:
+def bundle(sha256: FromPath[str], request: AnyRequest, parts: GivenParts) -> Response[bytes] | Stream:
     """Return a bundle, or the range of it that was asked for."""
     length = parts.artifacts.length(sha256)
     if length is None:
@@ -100,6 +101,7 @@ def device_app(parts: Parts) -> Any:
         guards=[_guard(parts.registry)],
         exception_handlers=handlers(_answer),
         logging_config=None,
+        request_class=CarefulRequest,
         openapi_config=None,
         request_max_body_size=MAX_DEVICE_REQUEST,
     )

@@ -6,11 +6,12 @@ Nothing of a traceback or of the request's content leaves the server; what went 
 import logging
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
+from typing import Any
 
 import msgspec
 from litestar import Request, Response
 from litestar.datastructures import State
-from litestar.exceptions import HTTPException, ValidationException
+from litestar.exceptions import HTTPException, SerializationException, ValidationException
 from litestar.types import ExceptionHandlersMap
 
 from fleet_server.api_types import Problem
@@ -75,3 +76,14 @@ def _field(entry: object) -> str:
         return str(entry)
     key, message = entry.get("key"), entry.get("message", "")
     return f"{key}: {message}" if key else str(message)
+
+
+class CarefulRequest(AnyRequest):
+    """A request whose unreadable JSON is the sender's fault: Litestar lets two kinds of it through as our own."""
+
+    async def json(self) -> Any:
+        """Return the body; raise SerializationException when it is not UTF-8 or nested without end."""
+        try:
+            return await super().json()
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise SerializationException(f"the body is not JSON: {type(error).__name__}") from error

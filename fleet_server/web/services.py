@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
 
-from litestar.params import Dependency
+from litestar.di import NamedDependency
+from litestar.params import SkipValidation
 
 from fleet_server.adapters.database.queries import Queries
 from fleet_server.enrolment import Enrolment
@@ -33,4 +33,4 @@ class Parts:
 
 
 # What handlers write as the type of their ``parts``: Litestar passes it through unchecked.
-GivenParts = Annotated[Parts, Dependency(skip_validation=True)]
+GivenParts = NamedDependency[SkipValidation[Parts]]

@@ -11,7 +11,7 @@ from anyio import to_thread
 from litestar import Request, Response, Router, get, post
 from litestar.datastructures import State
 from litestar.exceptions import NotFoundException
-from litestar.params import Parameter
+from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 
 from fleet_server.api_types import (
     API,
@@ -40,13 +40,13 @@ from protocol.names import MAX_METADATA_FILE
 
 AnyRequest = Request[object, object, State]
 METADATA_BODY = 3 * MAX_METADATA_FILE  # two roots and targets, as base64 in JSON
-Span = Annotated[int, Parameter(ge=60, le=7 * 24 * 3600, description="seconds back from now")]
-EventCount = Annotated[int, Parameter(ge=1, le=1000)]
+Span = Annotated[int, QueryParameter(ge=60, le=7 * 24 * 3600, description="seconds back from now")]
+EventCount = Annotated[int, QueryParameter(ge=1, le=1000)]
 
 
 # ---------------------------------------------------------------- people
 @post("/login", opt={"open": True}, status_code=200, sync_to_thread=True)
-def login(data: LoginRequest, request: AnyRequest, doorkeeper: GivenDoorkeeper) -> Response[dict[str, str]]:
+def login(data: JSONBody[LoginRequest], request: AnyRequest, doorkeeper: GivenDoorkeeper) -> Response[dict[str, str]]:
     """Log in; the answer sets the session cookie."""
     cookie = doorkeeper.log_in(address_of(request), data.user, data.password)
     return Response({"user": data.user}, cookies=[cookie])
@@ -72,13 +72,15 @@ def devices(parts: GivenParts) -> tuple[DeviceView, ...]:
 
 
 @get("/devices/{device_id:str}", sync_to_thread=True)
-def device(device_id: str, parts: GivenParts) -> DeviceView:
+def device(device_id: FromPath[str], parts: GivenParts) -> DeviceView:
     """Show one device."""
     return device_or_404(parts, device_id)
 
 
 @get("/devices/{device_id:str}/series", sync_to_thread=True)
-def series(device_id: str, model: str, parts: GivenParts, span: Span = 3600) -> tuple[SeriesPoint, ...]:
+def series(
+    device_id: FromPath[str], model: FromQuery[str], parts: GivenParts, span: Span = 3600
+) -> tuple[SeriesPoint, ...]:
     """Show one model of a device over time."""
     device_or_404(parts, device_id)
     return parts.queries.series(device_id, model, span=span * 1000)
@@ -87,8 +89,8 @@ def series(device_id: str, model: str, parts: GivenParts, span: Span = 3600) -> 
 @get("/events", sync_to_thread=True)
 def events(
     parts: GivenParts,
-    device: str | None = None,
-    after: Annotated[int, Parameter(ge=0, le=2**62)] | None = None,
+    device: FromQuery[str | None] = None,
+    after: Annotated[int | None, QueryParameter(ge=0, le=2**62)] = None,
     limit: EventCount = 50,
 ) -> tuple[EventView, ...]:
     """List events, newest first; with ``after`` those that came since."""
@@ -103,19 +105,19 @@ def models(parts: GivenParts) -> tuple[ModelVersion, ...]:
 
 # ---------------------------------------------------------------- orders
 @post("/deployments", sync_to_thread=True)
-def deploy(data: DeployRequest, request: AnyRequest, parts: GivenParts) -> DeploymentView:
+def deploy(data: JSONBody[DeployRequest], request: AnyRequest, parts: GivenParts) -> DeploymentView:
     """Order devices to run a version."""
     return parts.rollouts.deploy(data, session_of(request).account, parts.clock())
 
 
 @post("/rollbacks", sync_to_thread=True)
-def rollback(data: RollbackRequest, request: AnyRequest, parts: GivenParts) -> DeploymentView:
+def rollback(data: JSONBody[RollbackRequest], request: AnyRequest, parts: GivenParts) -> DeploymentView:
     """Order devices back to an earlier version."""
     return parts.rollouts.rollback(data, session_of(request).account, parts.clock())
 
 
 @post("/tokens", sync_to_thread=True)
-def create_token(data: TokenRequest, parts: GivenParts) -> TokenCreated:
+def create_token(data: JSONBody[TokenRequest], parts: GivenParts) -> TokenCreated:
     """Make an enrolment token; it is shown only here."""
     return parts.enrolment.create_token(data, parts.clock())
 
@@ -137,14 +139,14 @@ def online_keys(parts: GivenParts) -> OnlineKeysView:
 
 
 @post("/trust/roots", sync_to_thread=True, request_max_body_size=METADATA_BODY)
-def accept_roots(data: Roots, parts: GivenParts) -> TrustStatus:
+def accept_roots(data: JSONBody[Roots], parts: GivenParts) -> TrustStatus:
     """Take the trust roots that were signed offline."""
     parts.publishing.accept_roots(data, parts.clock())
     return trust_of(parts)
 
 
 @get("/trust/image/metadata/{name:str}", sync_to_thread=True)
-def image_metadata(name: str, parts: GivenParts) -> Response[bytes]:
+def image_metadata(name: FromPath[str], parts: GivenParts) -> Response[bytes]:
     """Return signed metadata exactly as stored."""
     content = parts.image.metadata(name)
     if content is None:
@@ -153,7 +155,7 @@ def image_metadata(name: str, parts: GivenParts) -> Response[bytes]:
 
 
 @get("/trust/director/metadata/{name:str}", sync_to_thread=True)
-def director_metadata(name: str, parts: GivenParts) -> Response[bytes]:
+def director_metadata(name: FromPath[str], parts: GivenParts) -> Response[bytes]:
     """Return a Director root exactly as stored; the rest of that repository is per device."""
     content = director_file(name, parts.director.roots(), None)
     if content is None:
@@ -162,7 +164,7 @@ def director_metadata(name: str, parts: GivenParts) -> Response[bytes]:
 
 
 @post("/models/publish", sync_to_thread=True, request_max_body_size=METADATA_BODY)
-def publish(data: Publication, parts: GivenParts) -> tuple[ModelVersion, ...]:
+def publish(data: JSONBody[Publication], parts: GivenParts) -> tuple[ModelVersion, ...]:
     """Take targets metadata n+1; return the versions that are new."""
     new = {bundle.sha256 for bundle in parts.publishing.publish(data, parts.clock())}
     return tuple(version for version in parts.queries.model_versions() if version.sha256 in new)
@@ -172,7 +174,7 @@ def publish(data: Publication, parts: GivenParts) -> tuple[ModelVersion, ...]:
     "/models/bundles/{sha256:str}",
     request_max_body_size=None,  # the artifact store counts, and stops at MAX_BUNDLE
 )
-async def upload(sha256: str, request: AnyRequest, parts: GivenParts) -> dict[str, int]:
+async def upload(sha256: FromPath[str], request: AnyRequest, parts: GivenParts) -> dict[str, int]:
     """Take a bundle's bytes; what they are is said by the metadata published later."""
     length = await to_thread.run_sync(parts.publishing.upload, chunks_in_thread(request.stream()), sha256)
     return {"length": length}

@@ -126,7 +126,7 @@ def size(bytes_: int | None) -> str:
     if bytes_ < _KB**2:
         return f"{bytes_ / _KB:.0f} KiB"
     if bytes_ < _KB**3:
-        return f"{bytes_ / _KB**2:.1f} MiB"
+        return f"{bytes_ / _KB**2:.{0 if bytes_ >= 100 * _KB**2 else 1}f} MiB"
     return f"{bytes_ / _KB**3:.1f} GiB"
 
 
