@@ -46,7 +46,8 @@ def _tell(world: World) -> bool:
     began = time.monotonic()
     story = steps()
     for number, (title, act) in enumerate(story, 1):
-        print(f"  {number:2}/{len(story)} {title} …", end="\r" if sys.stdout.isatty() else "\n", flush=True)
+        if sys.stdout.isatty():
+            print(f"  {number:2}/{len(story)} {title} …", end="\r", flush=True)
         try:
             proof = act(world)
         except (NotObserved, ApiError, OSError, TimeoutError) as error:
