@@ -77,7 +77,7 @@ def _serve(config: ServerConfig) -> int:
     ending = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ending.set())
-    manager = ServiceManager(os.environ.get("NOTIFY_SOCKET"))
+    manager = ServiceManager(os.environ.pop("NOTIFY_SOCKET", None))  # not for children: Mosquitto would say READY too
     try:
         server = FleetServer(config)
         server.start()

@@ -185,6 +185,7 @@ class ManagedBroker:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            start_new_session=True,  # Ctrl-C is for the server alone, which ends it in its turn
             preexec_fn=_die_with_parent(),  # noqa: PLW1509 - one prepared system call; the kernel must know before exec
         ) as process:
             self._process = process

@@ -56,9 +56,9 @@ def state_of(
     if last_seen is None:
         return PresenceState.NEW
     fresh = now - last_seen <= STALE_AFTER_REPORTS * interval
-    if connection.connected:
+    if connection.connected or not connection.ended:
         return PresenceState.ONLINE if fresh else PresenceState.STALE
-    if connection.ended and connection.goodbye:
+    if connection.goodbye:
         return PresenceState.OFFLINE
     heard_since = last_seen > connection.ended_at
     return PresenceState.ONLINE if fresh and heard_since else PresenceState.LOST

@@ -28,6 +28,7 @@ from litestar.handlers import BaseRouteHandler
 from litestar.params import SkipValidation
 
 from fleet_server.ports import Accounts, LoginSession
+from fleet_server.web.problems import refuse_nul
 
 ADMIN = "admin"
 COOKIE = "edgewarden_session"
@@ -117,7 +118,7 @@ class Doorkeeper:
 
     def _is_right(self, account: str, password: str) -> bool:
         """Compare in the same time whether or not the account exists."""
-        stored = self._accounts.password_hash(account)
+        stored = self._accounts.password_hash(account) if account.isprintable() else None
         with self._one_at_a_time:
             try:
                 self._hasher.verify(stored or self._decoy, password)
@@ -145,6 +146,7 @@ def guard(doorkeeper: Doorkeeper) -> Callable[[AnyConnection, BaseRouteHandler],
 
     async def require(connection: AnyConnection, handler: BaseRouteHandler) -> None:
         assert isinstance(connection, Request)  # there are no websockets
+        refuse_nul(connection)
         _check_origin(connection)
         if not handler.opt.get("form"):
             _check_sent_by_program(connection)

@@ -26,7 +26,7 @@ from fleet_server.ports import Registry
 from fleet_server.web.bodies import send_file
 from fleet_server.web.headers import with_security_headers
 from fleet_server.web.metadata import director_file
-from fleet_server.web.problems import CarefulRequest, handlers, problem_of
+from fleet_server.web.problems import CarefulRequest, handlers, problem_of, refuse_nul
 from fleet_server.web.services import GivenParts, Parts
 from protocol.device_api import (
     AUDIENCE,
@@ -145,6 +145,7 @@ def _verify(token: str, device: str, certificate: str) -> None:
 
 def _guard(registry: Registry) -> Callable[[Any, BaseRouteHandler], Awaitable[None]]:
     async def require(connection: ASGIConnection[Any, Any, Any, State], handler: BaseRouteHandler) -> None:
+        refuse_nul(connection)
         if not handler.opt.get("open"):
             header = connection.headers.get("authorization", "")
             connection.state.device = await sync_to_thread(device_of_token, registry, header)

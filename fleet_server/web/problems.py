@@ -10,8 +10,9 @@ from typing import Any
 
 import msgspec
 from litestar import Request, Response
+from litestar.connection import ASGIConnection
 from litestar.datastructures import State
-from litestar.exceptions import HTTPException, SerializationException, ValidationException
+from litestar.exceptions import ClientException, HTTPException, SerializationException, ValidationException
 from litestar.types import ExceptionHandlersMap
 
 from fleet_server.api_types import Problem
@@ -30,6 +31,7 @@ STATUS_OF: Mapping[type[Exception], HTTPStatus] = {
     Refused: HTTPStatus.CONFLICT,
     StoreUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }
+_NUL_IN_JSON, _NUL_IN_QUERY = b"\\u0000", b"%00"
 MAX_DETAIL = 2000  # characters
 AnyRequest = Request[object, object, State]
 _log = logging.getLogger(__name__)
@@ -79,11 +81,22 @@ def _field(entry: object) -> str:
 
 
 class CarefulRequest(AnyRequest):
-    """A request whose unreadable JSON is the sender's fault: Litestar lets two kinds of it through as our own."""
+    """A request whose unreadable JSON is the sender's fault: Litestar lets two kinds of it through as our own.
+
+    NUL is refused too: it has a place in no field, and PostgreSQL holds no text with it.
+    """
 
     async def json(self) -> Any:
-        """Return the body; raise SerializationException when it is not UTF-8 or nested without end."""
+        """Return the body; raise SerializationException when it is not UTF-8, nested without end, or holds a NUL."""
+        if _NUL_IN_JSON in await self.body():
+            raise SerializationException("the body holds a NUL character")
         try:
             return await super().json()
         except (UnicodeDecodeError, RecursionError) as error:
             raise SerializationException(f"the body is not JSON: {type(error).__name__}") from error
+
+
+def refuse_nul(connection: ASGIConnection[Any, Any, Any, Any]) -> None:
+    """Raise ClientException when the path or the query of a request holds a NUL; for guards."""
+    if "\x00" in connection.url.path or _NUL_IN_QUERY in connection.scope["query_string"]:
+        raise ClientException("the address holds a NUL character")

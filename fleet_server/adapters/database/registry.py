@@ -75,8 +75,7 @@ class DatabaseRegistry:
             "revoked": device.revoked,
         }
         with dialect.writing(self._engine) as connection:
-            added = connection.execute(dialect.insert(connection, tables.device).on_conflict_do_nothing(), row)
-            if added.rowcount == 0:
+            if not dialect.insert_new(connection, tables.device, [row]):
                 raise DeviceExists(device.id)
 
     def device(self, device_id: str) -> Device | None:

@@ -50,6 +50,8 @@ STORIES = [
     ("heard since the will, but silent now", [birth(1), will(1)], 2500, 10 * MINUTE, P.LOST),
     ("good-bye and then the broker's will", [birth(1), bye(1), will(1)], 2000, 3000, P.OFFLINE),
     ("installed anew, numbers start over", [birth(9), birth(1, "b2", "s2")], 2000, 3000, P.ONLINE),
+    ("heard, but its birth has not arrived", [], 1000, 2000, P.ONLINE),
+    ("heard long ago, and its birth never arrived", [], 1000, 10 * MINUTE, P.STALE),
     ("will of a device never born", [will(3)], None, 3000, P.NEW),
 ]
 
