@@ -7,6 +7,7 @@ desired state instead. docs/reference/settings.md is checked against this file.
 import platform
 from pathlib import Path
 from typing import Annotated, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 
@@ -93,6 +94,7 @@ def device_class(settings: DeviceSettings) -> str:
 
 
 def _check(settings: AgentSettings, file: str) -> None:
+    _check_timezone(settings.device.timezone, file)
     inference = settings.inference
     if not inference.unix and not inference.http:
         raise BadSettings(file, 0, "inference.unix and inference.http are both empty: nobody could ask")
@@ -101,3 +103,10 @@ def _check(settings: AgentSettings, file: str) -> None:
             parse_tcp(inference.http)
         except CannotListen as error:
             raise BadSettings(file, 0, f"inference.http: {error}") from error
+
+
+def _check_timezone(name: str, file: str) -> None:
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+        raise BadSettings(file, 0, f"device.timezone: {name!r} is not an IANA time zone known here") from error

@@ -16,6 +16,7 @@ from functools import partial
 from fleet_server.adapters.artifacts import ArtifactFolder
 from fleet_server.adapters.authority import CertificateAuthority
 from fleet_server.adapters.broker import BrokerAddress, BrokerLink
+from fleet_server.adapters.data_lock import DataLock
 from fleet_server.adapters.database.accounts import DatabaseAccounts
 from fleet_server.adapters.database.opening import open_database
 from fleet_server.adapters.database.queries import Queries
@@ -111,6 +112,7 @@ class FleetServer:
     def _build(self, opening: ExitStack) -> None:
         config = self._config
         data = make_private_folder(config.data)
+        opening.callback(DataLock(data).release)
         engine = open_database(config.database)
         opening.callback(engine.dispose)
         self._accounts = DatabaseAccounts(engine)
@@ -204,6 +206,7 @@ class FleetServer:
         tls = None
         if config.console_certificate and config.console_key:
             tls = Tls(certificate=config.console_certificate, key=config.console_key)
+            tls.check()
         doorkeeper = Doorkeeper(self._accounts, clock=_now, secure=tls is not None)
         console = opening.enter_context(listen(config.console.host, config.console.port))
         devices = opening.enter_context(listen(config.devices.host, config.devices.port))

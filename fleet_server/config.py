@@ -4,22 +4,15 @@ Knows every setting with its default. It stops there: whether an address is free
 whoever uses it. Everything wrong is a `BadConfig` that names the key, and the line of the file where it stands.
 """
 
-import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from protocol.settings import MAX_SETTINGS, BadSettings, decode_settings
 
-MAX_FILE = 1024 * 1024  # bytes
 MAX_PORT = 65535
-_KEY_IN_MESSAGE = re.compile(r"`\$\.(\w+)|unknown field `(\w+)`")
 
 
 class BadConfig(Exception):
@@ -74,7 +67,7 @@ def read_file(path: Path) -> Settings:
     """Read a settings file; raise `BadConfig`."""
     try:
         with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_FILE)
+            text = file.read(MAX_SETTINGS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise BadConfig(f"cannot read {path}: {error}") from error
     return parse(text, str(path))
@@ -83,11 +76,9 @@ def read_file(path: Path) -> Settings:
 def parse(text: str, name: str) -> Settings:
     """Parse the text of a settings file; raise `BadConfig` naming key and line."""
     try:
-        return msgspec.convert(tomllib.loads(text), Settings)
-    except tomllib.TOMLDecodeError as error:
-        raise BadConfig(f"{name}: {error}") from error
-    except msgspec.ValidationError as error:
-        raise BadConfig(_located(text, name, str(error))) from error
+        return decode_settings(text, Settings, name)
+    except BadSettings as error:
+        raise BadConfig(str(error)) from error
 
 
 def settle(file: Settings, flags: Settings) -> ServerConfig:
@@ -143,17 +134,3 @@ def _within(key: str, value: int, low: int, high: int) -> int:
     if not low <= value <= high:
         raise BadConfig(f"{key}: {value} is not between {low} and {high}")
     return value
-
-
-def _located(text: str, name: str, message: str) -> str:
-    """Say where the key that a message is about stands."""
-    match = _KEY_IN_MESSAGE.search(message)
-    key = next((group for group in match.groups() if group), "") if match else ""
-    if "unknown field" in message:
-        message = f"unknown key {key!r}; known are {', '.join(Settings.__struct_fields__)}"
-    elif key:
-        message = f"{key}: {message.partition(' - at ')[0]}"
-    for number, line in enumerate(text.splitlines(), 1):
-        if key and re.match(rf"\s*[\[\"']*{re.escape(key)}\b", line):
-            return f"{name}, line {number}: {message}"
-    return f"{name}: {message}"

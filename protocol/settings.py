@@ -6,7 +6,7 @@ reading the file is its caller's.
 
 import re
 import sys
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import msgspec
 
@@ -46,40 +46,46 @@ def decode_settings(text: str, type_: type[T], file: str) -> T:
 
 def _explain(problem: str, text: str, type_: type, file: str) -> BadSettings:
     if unknown := _UNKNOWN.match(problem):
-        path = _clean(unknown["path"] or "")
-        key = unknown["key"]
-        full = f"{path}.{key}" if path else key
+        path, key = (unknown["path"] or "").strip("."), unknown["key"]
         known = ", ".join(_keys(type_, path))
-        return BadSettings(file, _line_of(text, path, key), f"unknown key {full!r}; known here: {known}")
+        message = f"unknown key {_plain(f'{path}.{key}' if path else key)!r}; known here: {known}"
+        return BadSettings(file, _line_of(text, path, key), message)
     wrong = _WRONG.match(problem)
     if wrong is None:
         return BadSettings(file, 0, problem)
-    path = _clean(wrong["path"])
-    table, _, key = path.rpartition(".")
-    return BadSettings(file, _line_of(text, table, key), f"{path}: {wrong['what']}")
+    table, _, key = wrong["path"].strip(".").rpartition(".")
+    message = f"{_plain(wrong['path'].strip('.'))}: {wrong['what']}"
+    return BadSettings(file, _line_of(text, table, _plain(key)), message)
 
 
-def _clean(path: str) -> str:
-    return re.sub(r"\[\.*\]", "", path).strip(".")
+def _plain(path: str) -> str:
+    """Return a path without the indices of lists."""
+    return re.sub(r"\[[^\]]*\]", "", path)
 
 
 def _keys(type_: type, path: str) -> list[str]:
-    for part in filter(None, path.split(".")):
+    """Return the keys that a table may have; a list of tables has those of its items."""
+    for part in filter(None, _plain(path).split(".")):
         fields = {field.encode_name: field.type for field in msgspec.structs.fields(type_)}
-        type_ = fields[part]
+        type_ = next(iter(get_args(fields[part])), fields[part])
     return [field.encode_name for field in msgspec.structs.fields(type_)]
 
 
 def _line_of(text: str, table: str, key: str) -> int:
-    """Return the line on which a key of a table stands (or the table itself when the key is one), 0 if not found."""
-    current = ""
+    """Return the line on which a key of a table stands (or the table itself when the key is one), 0 if not found.
+
+    ``table`` may end in the index of a list of tables: ``pipeline[1]`` is the second ``[[pipeline]]``.
+    """
+    index = int(match[1]) if (match := re.search(r"\[(\d+)\]$", table)) else 0
+    table, current, seen = _plain(table), "", -1
     header = re.compile(r"\s*\[+\s*([^\]]+?)\s*\]+")
     entry = re.compile(rf"\s*(?:\"{re.escape(key)}\"|{re.escape(key)})\s*[.=]")
     for number, line in enumerate(text.splitlines(), 1):
         if match := header.match(line):
             current = match[1]
+            seen += current == table
             if current == (f"{table}.{key}" if table else key):
                 return number
-        elif current == table and entry.match(line):
+        elif current == table and (not table or seen == index) and entry.match(line):
             return number
     return 0

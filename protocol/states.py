@@ -63,11 +63,11 @@ class PresenceState(str, Enum):
     """What the fleet server believes of a device's connection."""
 
     NEW = "new"  # enrolled, never seen
-    ONLINE = "online"
+    ONLINE = "online"  # connected, and reports come
     STALE = "stale"  # connected as far as is known, but silent for too long
     OFFLINE = "offline"  # said good-bye
     LOST = "lost"  # the broker published its will, and nothing came since
-    REVOKED = "revoked"
+    REVOKED = "revoked"  # an operator cut it off
 
 
 class RuntimeName(str, Enum):

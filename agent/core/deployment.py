@@ -50,7 +50,7 @@ class Effect(str, Enum):
 
     REST = "rest"  # nothing; wait for an assignment
     ADMIT = "admit"  # does it fit? is it here already?
-    DOWNLOAD = "download"
+    DOWNLOAD = "download"  # from the last byte on disk
     DOWNLOAD_LATER = "download-later"  # the same, after a back-off
     CHECK_ROOM = "check-room"  # memory for a trial beside what serves
     TRY = "try"  # run the trial child, then admit to the store

@@ -1,7 +1,7 @@
 """How commands speak: tables for people, JSON for programs, errors on stderr with the right exit code."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime, timezone
 
 import msgspec
@@ -33,16 +33,14 @@ _TONES = {
 @contextmanager
 def talking_to(server: str | None) -> Iterator[Session]:
     """Give a session, say what goes wrong on stderr, and end with the error's exit code."""
-    session = Session(server)
     try:
-        yield session
+        with closing(Session(server)) as session:
+            yield session
     except ApiError as error:
         say_error(str(error))
         if isinstance(error, NotLoggedIn):
-            say_error("log in with: edgewarden login")
+            err.print("Log in with: edgewarden login", markup=False)
         raise typer.Exit(error.exit_code) from error
-    finally:
-        session.close()
 
 
 def say_error(text: str) -> None:

@@ -78,7 +78,7 @@ class Session:
         self.server = (server or os.environ.get("EDGEWARDEN_SERVER") or DEFAULT_SERVER).rstrip("/")
         self._cookies = CookieFile(cookies or default_cookie_file())
         self._password = password or os.environ.get("EDGEWARDEN_PASSWORD")
-        self._pool = urllib3.PoolManager(ca_certs=ca or os.environ.get("EDGEWARDEN_CA"), retries=False)
+        self._pool = urllib3.PoolManager(ca_certs=_readable(ca or os.environ.get("EDGEWARDEN_CA")), retries=False)
 
     def close(self) -> None:
         """Close the connections; the log-in stays."""
@@ -197,6 +197,13 @@ def default_cookie_file() -> Path:
     """Return ``$XDG_CONFIG_HOME/edgewarden/session.json`` (default ``~/.config``)."""
     base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
     return Path(base) / "edgewarden" / "session.json"
+
+
+def _readable(ca: str | None) -> str | None:
+    """Return the CA file's path; raise `ApiError` naming it when it cannot be read (urllib3 would not)."""
+    if ca is not None and not os.access(ca, os.R_OK):
+        raise ApiError(0, "no CA", f"the CA file {ca} (EDGEWARDEN_CA) cannot be read")
+    return ca
 
 
 def _read_capped(answer: urllib3.BaseHTTPResponse) -> "Answer":

@@ -6,6 +6,7 @@ The sockets are bound before anything runs, so that a taken port is an error at 
 import asyncio
 import ipaddress
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Sequence
@@ -34,6 +35,13 @@ class Tls:
 
     certificate: Path
     key: Path
+
+    def check(self) -> None:
+        """Raise `CannotListen` naming the files when they cannot be used."""
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certificate, self.key)
+        except (OSError, ssl.SSLError) as error:
+            raise CannotListen(f"the certificate {self.certificate} with key {self.key}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,6 +94,8 @@ def events(
     limit: EventCount = 50,
 ) -> tuple[EventView, ...]:
     """List events, newest first; with ``after`` those that came since."""
+    if device is not None:
+        device_or_404(parts, device)
     return parts.queries.events(device=device, after=after, limit=limit)
 
 

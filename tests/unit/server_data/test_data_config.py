@@ -9,10 +9,10 @@ import pytest
 from fleet_server.config import Address, BadConfig, Settings, parse, read_file, settle
 
 BAD = {
-    "an unknown key": ('data = "/d"\n\ndatas = 1\n', "f.toml, line 3: unknown key 'datas'"),
-    "a wrong type": ('data = "/d"\nretention_days = "many"\n', "f.toml, line 2: retention_days: Expected `int"),
-    "not TOML": ("data = \n", "f.toml: Invalid value (at line 1"),
-    "a table": ("[console]\nport = 1\n", "f.toml, line 1: console: Expected `str"),
+    "an unknown key": ('data = "/d"\n\ndatas = 1\n', "f.toml:3: unknown key 'datas'; known here: data"),
+    "a wrong type": ('data = "/d"\nretention_days = "many"\n', "f.toml:2: retention_days: Expected `int"),
+    "not TOML": ("data = \n", "f.toml:1: not TOML: Invalid value"),
+    "a table": ("[console]\nport = 1\n", "f.toml:1: console: Expected `str"),
 }
 
 
@@ -64,4 +64,23 @@ def test_a_configuration_error_ends_with_exit_code_2(tmp_path: Path) -> None:
     (tmp_path / "server.toml").write_text('data = "/d"\nsurprise = true\n')
     command = [sys.executable, "-m", "fleet_server", "serve", "--config", str(tmp_path / "server.toml")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    assert (ended.returncode, "line 2: unknown key 'surprise'" in ended.stderr) == (2, True)
+    assert (ended.returncode, "server.toml:2: unknown key 'surprise'" in ended.stderr) == (2, True)
+
+
+def test_a_second_server_on_the_same_data_folder_is_refused(tmp_path: Path) -> None:
+    from fleet_server.adapters.data_lock import DataInUse, DataLock
+
+    lock = DataLock(tmp_path)
+    with pytest.raises(DataInUse, match="another edgewarden-server runs on"):
+        DataLock(tmp_path)
+    lock.release()
+    DataLock(tmp_path).release()
+
+
+def test_a_console_certificate_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    from fleet_server.web.serving import CannotListen, Tls
+
+    (tmp_path / "bad.pem").write_text("no certificate")
+    for certificate in ("bad.pem", "absent.pem"):
+        with pytest.raises(CannotListen, match=certificate):
+            Tls(certificate=tmp_path / certificate, key=tmp_path / "bad.pem").check()

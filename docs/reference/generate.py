@@ -1,0 +1,298 @@
+"""Writes cli.md and states.md from the programs themselves: ``python docs/reference/generate.py``.
+
+Looks at parsers, tables and enums instead of capturing help texts, so that the pages do not depend on a terminal or
+on a library's layout. A test makes the pages anew in memory and compares.
+"""
+# ruff: noqa: INP001, SLF001 - a script beside what it writes; neither the programs nor argparse show parsers publicly
+
+import argparse
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import typer.main
+
+import agent.__main__ as agent_program
+import agent.inference.__main__ as data_plane
+import converters.__main__ as convert_program
+import fleet_server.__main__ as server_program
+import fleet_server.cli.__main__ as operator_program
+import simulator.__main__ as simulator_program
+from agent.core import deployment
+from agent.core.deployment import Deployment, Happened
+from protocol import states
+
+HERE = Path(__file__).parent
+NOTICE = "<!-- Written by generate.py from the programs. Change them, then run: python docs/reference/generate.py -->"
+_EXIT_CODES = re.compile(r"Exit codes: (.*?\.)(?:\s*$|\n\n)", re.DOTALL)
+_MEMBER = re.compile(r"^    (\w+) = \"[^\"]*\"(?:  # (.*))?$", re.MULTILINE)
+
+
+def main() -> None:
+    """Write the pages."""
+    for name, text in pages().items():
+        (HERE / name).write_text(text, encoding="utf-8")
+
+
+def pages() -> dict[str, str]:
+    """Return the text of each page by its file name."""
+    return {"cli.md": _cli_page(), "states.md": _states_page()}
+
+
+# ---------------------------------------------------------------- command line: what every parser can say
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """An option or argument."""
+
+    words: str
+    default: str
+    meaning: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command as a person types it."""
+
+    name: str
+    does: str
+    options: tuple[Option, ...]
+
+
+def _cli_page() -> str:
+    programs = (
+        ("On the device", _agent_commands(), _agent_exit_codes()),
+        ("The fleet server", _of_argparse(server_program._parser()), _exit_codes(server_program)),
+        ("For operators", _of_typer(operator_program.app, "edgewarden"), _exit_codes(operator_program)),
+        ("For bundles", _of_typer(convert_program.program, "edgewarden-convert"), _exit_codes(convert_program)),
+        ("A simulated fleet", _simulator_commands(), _SIMULATOR_EXIT_CODES),
+    )
+    lines = ["# Command line", "", NOTICE, ""]
+    lines += ["Five programs. Each says `--help`. Environment of `edgewarden`: `EDGEWARDEN_SERVER` (address of the"]
+    lines += [
+        "console), `EDGEWARDEN_PASSWORD` (logs in by itself), `EDGEWARDEN_CA` (PEM file that signs the console's"
+    ]
+    lines += [
+        "certificate when it is served over TLS). `edgewarden-agent enroll` takes the token from `EW_TOKEN` when no"
+    ]
+    lines += ["file is named.", ""]
+    for title, commands, exit_codes in programs:
+        found = list(commands)
+        lines += [f"## {title}: {found[0].name}", "", f"Exit codes: {exit_codes}", ""]
+        for command in found:
+            lines += _command_lines(command)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _command_lines(command: Command) -> Iterator[str]:
+    yield from (f"### {command.name}", "")
+    if command.does:
+        yield from (command.does, "")
+    if command.options:
+        yield from ("| option | default | meaning |", "|---|---|---|")
+        yield from (f"| {one.words} | {one.default} | {_cell(one.meaning)} |" for one in command.options)
+        yield ""
+
+
+def _agent_commands() -> Iterator[Command]:
+    """Return the agent's commands; ``serve`` is parsed by the data plane, since control hands it on unread."""
+    serve = next(c for c in _of_argparse(data_plane._parser()) if c.name.endswith(" serve"))
+    for command in _of_argparse(agent_program._parser()):
+        if command.name.endswith(" serve"):
+            yield Command(name=command.name, does=command.does, options=serve.options)
+        else:
+            yield command
+
+
+def _simulator_commands() -> Iterator[Command]:
+    for command in _of_argparse(simulator_program._parser()):
+        yield Command(name="edgewarden-simulate", does=command.does, options=command.options)
+
+
+def _agent_exit_codes() -> str:
+    return f"{_exit_codes(agent_program)} `serve`: 2 also when a model or an address cannot be served."
+
+
+_SIMULATOR_EXIT_CODES = "0 ended on request or after `--seconds`, 1 too few enrolled identities, 2 wrong usage."
+
+
+def _exit_codes(program: Any) -> str:
+    match = _EXIT_CODES.search(program.__doc__ or "")
+    assert match, f"{program.__name__} does not say its exit codes"
+    return " ".join(match[1].split())
+
+
+# ---------------------------------------------------------------- argparse
+def _of_argparse(parser: argparse.ArgumentParser, does: str = "") -> Iterator[Command]:
+    yield Command(
+        name=parser.prog,
+        does=_sentence(does or parser.description or ""),
+        options=tuple(_argparse_option(action, parser.prog) for action in parser._actions if _counts(action)),
+    )
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            said = {choice.dest: choice.help for choice in action._choices_actions}
+            for name, sub in action.choices.items():
+                yield from _of_argparse(sub, said.get(name) or "")
+
+
+def _counts(action: argparse.Action) -> bool:
+    return not isinstance(action, argparse._SubParsersAction | argparse._HelpAction)
+
+
+def _argparse_option(action: argparse.Action, prog: str) -> Option:
+    value = "" if action.nargs == 0 else action.metavar or action.dest.upper()
+    if action.choices:
+        value = "\\|".join(str(choice) for choice in action.choices)
+    words = [f"{word} {value}".strip() for word in action.option_strings] or [f"{value}{_repeats(action)}"]
+    return Option(
+        words=_code(words),
+        default=_default(action.default, required=action.required),
+        meaning=(action.help or "") % {**vars(action), "prog": prog},
+    )
+
+
+def _repeats(action: argparse.Action) -> str:
+    return " …" if action.nargs == "+" else ""
+
+
+# ---------------------------------------------------------------- Typer
+def _of_typer(app: typer.Typer, name: str) -> Iterator[Command]:
+    return _walk(typer.main.get_command(app), name)
+
+
+def _walk(command: Any, name: str) -> Iterator[Command]:
+    options = tuple(_typer_option(parameter) for parameter in command.params if parameter.name != "help")
+    yield Command(name=name, does=_sentence(inspect.cleandoc(command.help or "")), options=options)
+    for word, sub in getattr(command, "commands", {}).items():
+        yield from _walk(sub, f"{name} {word}")
+
+
+def _typer_option(parameter: Any) -> Option:
+    if parameter.param_type_name == "argument":
+        words = [parameter.name.upper() + (" …" if parameter.nargs == -1 else "")]
+    else:
+        value = "" if parameter.is_flag else f" {parameter.opts[0].lstrip('-').replace('-', '_').upper()}"
+        words = [f"{word}{value}" for word in parameter.opts]
+    return Option(
+        words=_code(words),
+        default=_default(parameter.default, required=parameter.required),
+        meaning=parameter.help or "",
+    )
+
+
+# ---------------------------------------------------------------- states
+def _states_page() -> str:
+    lines = ["# States, reasons, events", "", NOTICE, "", "## Where an update stands on a device", ""]
+    lines += ["One machine per model, [agent/core/deployment.py](../../agent/core/deployment.py). A state is on disk"]
+    lines += ["before its effect runs, so after a power cut the effect in the last column runs again.", ""]
+    lines += ["| state | meaning | after a restart |", "|---|---|---|"]
+    lines += [
+        f"| {s.value} | {said} | {deployment.RESUME[s].value} |" for s, said in _members(states.DeploymentState)
+    ]
+    lines += ["", "```mermaid", "stateDiagram-v2", *_diagram(), "```", ""]
+    lines += ["An event that a state does not expect changes nothing. *Once too often* is counted by:", ""]
+    lines += [f"- `{name}` = {getattr(deployment, name)}" for name in _MAXIMA]
+    lines += ["", "| state | event | next state | effect |", "|---|---|---|---|"]
+    lines += [f"| {edge.start.value} | {edge.label} | {edge.end.value} | {edge.effect} |" for edge in _edges()]
+    for enum, title, words in _LISTS:
+        lines += ["", f"## {title}", "", words, "", "| value | meaning |", "|---|---|"]
+        lines += [f"| {member.value} | {said} |" for member, said in _members(enum)]
+    return "\n".join(lines) + "\n"
+
+
+_MAXIMA = ("MAX_DOWNLOAD_TRIES", "MAX_SWAP_TRIES", "MAX_PROBATION_CRASHES", "MAX_PROBATION_INTERRUPTIONS")
+_LISTS: tuple[tuple[type[Enum], str, str], ...] = (
+    (deployment.Event, "What can happen to an update", "The events of the machine."),
+    (deployment.Effect, "What the agent does on entering a state", "The effects of the machine."),
+    (states.RejectReason, "Why a device refused or gave up", "Beside a state, and in events."),
+    (states.EventKind, "What an event is about", "Shown by `edgewarden events`."),
+    (states.PresenceState, "What the server believes of a connection", "Shown by `edgewarden devices list`."),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edge:
+    """One way from a state to the next."""
+
+    start: states.DeploymentState
+    label: str
+    end: states.DeploymentState
+    effect: str
+
+
+def _edges() -> Iterator[Edge]:
+    """Return the table's rows, and after them where a counter at its maximum or a restart leads elsewhere."""
+    for (start, event), (end, effect) in deployment.TABLE.items():
+        yield Edge(start=start, label=event.value, end=end, effect=effect.value)
+    for (start, event), (end, _) in deployment.TABLE.items():
+        record, effect = deployment.advance(_exhausted(start), Happened(event=event), 0)
+        if record.state is not end:
+            yield _bent(start, f"{event.value} once too often", record, effect)
+    for start in deployment.RESUME:
+        record, effect = deployment.resume(_exhausted(start), None, 0)
+        if record.state is not start:
+            yield _bent(start, "agent restarted once too often", record, effect)
+
+
+def _exhausted(state: states.DeploymentState) -> Deployment:
+    """Return a record whose counters are one step before their maximum."""
+    return Deployment(
+        model="any",
+        state=state,
+        download_tries=deployment.MAX_DOWNLOAD_TRIES - 1,
+        swap_tries=deployment.MAX_SWAP_TRIES - 1,
+        crashes=deployment.MAX_PROBATION_CRASHES - 1,
+        interruptions=deployment.MAX_PROBATION_INTERRUPTIONS,
+    )
+
+
+def _bent(start: states.DeploymentState, label: str, record: Deployment, effect: deployment.Effect) -> Edge:
+    reason = f" ({record.reason.value})" if record.reason else ""
+    return Edge(start=start, label=label + reason, end=record.state, effect=effect.value)
+
+
+def _diagram() -> Iterator[str]:
+    labels: dict[tuple[states.DeploymentState, states.DeploymentState], list[str]] = {}
+    for edge in _edges():
+        labels.setdefault((edge.start, edge.end), []).append(edge.label)
+    yield f"    [*] --> {states.DeploymentState.IDLE.name}"
+    for state in states.DeploymentState:
+        yield f'    state "{state.value}" as {state.name}'
+    for (start, end), said in labels.items():
+        yield f"    {start.name} --> {end.name}: {', '.join(said)}"
+
+
+def _members(enum: type[Enum]) -> Iterator[tuple[Any, str]]:
+    """Return each member with the comment that stands beside it."""
+    said = dict(_MEMBER.findall(inspect.getsource(enum)))
+    for member in enum:
+        yield member, said[member.name] or "as the name says"
+
+
+# ---------------------------------------------------------------- words
+def _default(value: object, *, required: bool) -> str:
+    if required:
+        return "required"
+    if value is None or value is False or value in ("", [], (), argparse.SUPPRESS):
+        return ""
+    return f"`{value}`"
+
+
+def _code(words: Iterable[str]) -> str:
+    return ", ".join(f"`{word}`" for word in words)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:].rstrip('.')}." if text else ""
+
+
+if __name__ == "__main__":
+    main()
