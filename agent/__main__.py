@@ -26,7 +26,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["serve"]:
+    if arguments[:1] in (["serve"], ["bench"]):
         return _serve(arguments)
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=options.log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="agent.toml (default: %(default)s)")
     run.set_defaults(run=_run)
 
+    commands.add_parser("bench", help="measure a model on every runtime and number of threads here", add_help=False)
     commands.add_parser("serve", help="serve bundles or .tflite files without a fleet", add_help=False)
     return parser
 

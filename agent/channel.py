@@ -14,6 +14,10 @@ from typing import TypeVar
 
 import msgspec
 
+from agent.core.capturing import CapturePolicy
+from agent.core.pipelines import PipelineSettings
+from agent.core.rungs import Rung
+from agent.core.shadowing import ShadowCounts
 from protocol.states import RuntimeName, Task
 from protocol.statistics import ModelStatistics, TruthStatistics
 
@@ -21,6 +25,8 @@ MAX_FRAME = 4 * 1024 * 1024  # bytes; a second's statistics of 32 models with 10
 CHANNEL_FD = "EW_CHANNEL_FD"
 LISTEN_FDS = "EW_LISTEN_FDS"  # comma-separated: listening sockets that control holds
 PARENT_PID = "EW_PARENT_PID"  # a child whose parent is another by the time it looks has been orphaned
+EXIT_HUNG = 70  # a data plane ended itself, for a model hung in it; `Hung` named it before
+STABLE, CANDIDATE = "stable", "candidate"  # the aliases of the versions of a model that serve side by side
 _HEADER = struct.Struct(">I")
 
 
@@ -32,10 +38,38 @@ class Serve(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     version: int
     digest: str  # sha256 hex of the bundle
     folder: str  # extracted bundle
+    runtime: str = ""  # measured to be the fastest here; empty: as set
+    threads: int = 0  # of one interpreter; 0: as set
+    alias: str = STABLE  # the candidate is answered by its version or alias only
 
 
 class Withdraw(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Order: stop serving a model."""
+    """Order: stop serving a model, or only what has this alias."""
+
+    ticket: int
+    model: str
+    alias: str = ""  # empty: every version
+
+
+class Configure(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Order: what this device's own settings add. Comes once, before anything is served; they may start programs."""
+
+    pipelines: tuple[PipelineSettings, ...] = ()
+    capture: CapturePolicy = CapturePolicy()
+    state: str = ""  # the agent's state folder: samples, their key, locks
+
+
+class Shadow(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Order: let the candidate answer a share of a model's requests, unseen, and compare."""
+
+    ticket: int
+    model: str
+    share: float  # of the requests, above 0, at most 1
+    cpu: float = 0.25  # of one core
+
+
+class EndShadow(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Order: compare no more."""
 
     ticket: int
     model: str
@@ -65,6 +99,8 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     digest: str
     runtime: RuntimeName
     took_us: int  # load + warm + flip
+    alias: str = STABLE
+    stop_start: bool = False  # memory did not allow both: the old one was dropped before this one was loaded
 
 
 class Withdrawn(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -80,6 +116,40 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     ticket: int
     model: str
     reason: str
+    alias: str = STABLE
+
+
+class Hung(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The last word of a data plane that ends itself with `EXIT_HUNG`: this model did not come back."""
+
+    model: str
+    version: int
+    digest: str
+    seconds: float  # the limit that it broke
+
+
+class Shadowing(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Answer to `Shadow`: it has begun."""
+
+    ticket: int
+    model: str
+    stable: str  # sha256 hex
+    candidate: str
+
+
+class ShadowEnded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Answer to `EndShadow`, or to a `Shadow` that cannot be; ticket 0: it ended by itself. Deltas come before."""
+
+    ticket: int
+    model: str
+    reason: str
+
+
+class ShadowDelta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What a shadow has counted since the last delta. A delta that was sent is never sent again."""
+
+    model: str
+    counts: ShadowCounts
 
 
 class StatisticsDelta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -90,8 +160,8 @@ class StatisticsDelta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     unknown_truth: int = 0  # feedback for predictions no longer remembered
 
 
-Order = Serve | Withdraw | Open | Drain
-Answer = Ready | Serving | Withdrawn | Refused | StatisticsDelta
+Order = Configure | Serve | Withdraw | Shadow | EndShadow | Open | Drain
+Answer = Ready | Serving | Withdrawn | Refused | Shadowing | ShadowEnded | ShadowDelta | Hung | StatisticsDelta
 
 
 class TrialRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,6 +177,7 @@ class TrialRequest(msgspec.Struct, frozen=True, kw_only=True):
     model: str = ""  # what the signed release says the bundle is; empty: not asked
     version: int = 0
     variant: str = ""
+    ladder_seconds: float = 0.0  # for measuring runtimes and threads after passing; 0: nothing is measured
 
 
 class TrialVerdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,6 +190,7 @@ class TrialVerdict(msgspec.Struct, frozen=True, kw_only=True):
     latency_us: int | None = None  # median of the warm runs
     peak_memory: int | None = None  # bytes
     golden: int = 0  # golden samples that agreed
+    ladder: tuple[Rung, ...] = ()  # what was measured, when that was asked for
     network: str = ""  # how the network was taken away: unshare, seccomp
 
 
@@ -184,5 +256,7 @@ class Channel:
         return bytes(data)
 
 
-_orders = msgspec.json.Decoder(Serve | Withdraw | Open | Drain)
-_answers = msgspec.json.Decoder(Ready | Serving | Withdrawn | Refused | StatisticsDelta)
+_orders = msgspec.json.Decoder(Configure | Serve | Withdraw | Shadow | EndShadow | Open | Drain)
+_answers = msgspec.json.Decoder(
+    Ready | Serving | Withdrawn | Refused | Shadowing | ShadowEnded | ShadowDelta | Hung | StatisticsDelta
+)

@@ -11,6 +11,8 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 
+from agent.core.capturing import CapturePolicy
+from agent.core.pipelines import BadPipeline, PipelineSettings, check_pipelines
 from agent.listening import CannotListen, parse_tcp
 from protocol.settings import MAX_SETTINGS, BadSettings, decode_settings
 
@@ -34,12 +36,17 @@ class InferenceSettings(Section, frozen=True, kw_only=True):
 
     unix: str = "/run/edgewarden-agent/inference.sock"  # empty: no unix socket
     http: str = "127.0.0.1:8500"  # loopback only; empty: no TCP
+    grpc: str = ""  # HOST:PORT, loopback only; needs the extra "grpc"; empty: no gRPC
     runtime: Literal["auto", "litert", "tflite-runtime"] = "auto"
     instances: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1  # interpreters per model
     threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1  # threads per interpreter
     queue: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 64  # requests that may wait per model
     max_body: Annotated[int, msgspec.Meta(ge=1024, le=2**30)] = 64 * 1024 * 1024  # bytes
+    measure: bool = False  # a new model is measured in its trial, and runs as it is fastest here
+    invoke_seconds: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 10  # a model that takes longer hangs
+    memory_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**40)] = 0  # of the data plane; 0: no limit
     feedback_on_tcp: bool = False  # truth is taken on the unix socket only, unless set
+    allow_repository_control: bool = False  # local clients may load and unload what the fleet manages
 
 
 class TelemetrySettings(Section, frozen=True, kw_only=True):
@@ -72,6 +79,8 @@ class AgentSettings(Section, frozen=True, kw_only=True):
     telemetry: TelemetrySettings = TelemetrySettings()
     update: UpdateSettings = UpdateSettings()
     mqtt: MqttSettings = MqttSettings()
+    capture: CapturePolicy = CapturePolicy()
+    pipelines: tuple[PipelineSettings, ...] = msgspec.field(default=(), name="pipeline")
 
 
 def load_settings(path: Path) -> AgentSettings:
@@ -98,11 +107,18 @@ def _check(settings: AgentSettings, file: str) -> None:
     inference = settings.inference
     if not inference.unix and not inference.http:
         raise BadSettings(file, 0, "inference.unix and inference.http are both empty: nobody could ask")
-    if inference.http:
+    for name, address in (("http", inference.http), ("grpc", inference.grpc)):
         try:
-            parse_tcp(inference.http)
+            if address:
+                parse_tcp(address)
         except CannotListen as error:
-            raise BadSettings(file, 0, f"inference.http: {error}") from error
+            raise BadSettings(file, 0, f"inference.{name}: {error}") from error
+    if settings.capture.redact and settings.capture.redact_command:
+        raise BadSettings(file, 0, "capture.redact and capture.redact_command are both set; one of them does it")
+    try:
+        check_pipelines(settings.pipelines)
+    except BadPipeline as error:
+        raise BadSettings(file, 0, str(error)) from error
 
 
 def _check_timezone(name: str, file: str) -> None:

@@ -15,6 +15,7 @@ import ssl
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from agent.adapters.connection_counter import ConnectionCounter
@@ -32,11 +33,24 @@ from agent.adapters.systemd import notifier_from, watchdog_interval
 from agent.adapters.threads import ThreadBackground
 from agent.adapters.trial import TrialChild
 from agent.adapters.trust import TufTrust
-from agent.channel import Answer, Ready, Refused, Serving, StatisticsDelta, Withdrawn
+from agent.channel import (
+    Answer,
+    Configure,
+    Hung,
+    Ready,
+    Refused,
+    Serving,
+    ShadowDelta,
+    ShadowEnded,
+    Shadowing,
+    StatisticsDelta,
+    Withdrawn,
+)
 from agent.config import AgentSettings, InferenceSettings, device_class
 from agent.core.deployment import running_model
 from agent.core.merging import merge_payloads
 from agent.core.retry import BackOff
+from agent.core.shadowing import ShadowCounts, add, summary
 from agent.core.windows import Windows
 from agent.desire import Desires
 from agent.listening import ListeningSockets, parse_tcp
@@ -69,6 +83,7 @@ class Daemon:
         self._stopping = False
         self._boot = secrets.token_hex(4)
         self._models: tuple[RunningModel, ...] = ()
+        self._compared: dict[str, ShadowCounts] = {}  # by model, while a shadow runs
         self._contexts: dict[bool, ssl.SSLContext] = {}
         self._notifier = notifier_from()
         self._identity = IdentityFolder(state / "identity").load()
@@ -108,13 +123,14 @@ class Daemon:
         self._supervisor = Supervisor(
             launcher=DataPlaneProcesses(self._sockets, options=_data_plane_options(settings.inference)),
             post=lambda told: self._post(lambda now: self._hear_plane(told, now)),
+            configuration=_configuration(settings),
         )
         self._updater = Updater(
             facts=self._facts,
             deployments=DeploymentFile(state / "deployments.json"),
             store=self._store,
             downloads=BundleDownloads(self._server, state / "downloads"),
-            trials=TrialChild(runtime=settings.inference.runtime, wall_seconds=settings.update.trial_seconds),
+            trials=_trials(settings),
             plane=self._supervisor,
             background=self._background,
             events=self._reporter,
@@ -250,13 +266,30 @@ class Daemon:
                 self._updater.plane_withdrew(told, now)
             case Ready():
                 log.info("data plane %d is up", told.pid)
+            case Shadowing() | ShadowDelta() | ShadowEnded():
+                self._hear_shadow(told)
+            case Hung():
+                log.error("%s %d hangs", told.model, told.version)
             case DataPlaneExit(planned=False):
-                detail = f"the data plane (pid {told.pid}) ended with code {told.returncode} and is started again"
+                why = f" ({told.detail})" if told.detail else ""
+                detail = (
+                    f"the data plane (pid {told.pid}) ended with code {told.returncode}{why} and is started again"
+                )
                 self._reporter.record(kind=EventKind.DATA_PLANE, detail=detail)
                 self._updater.plane_died(now)
             case DataPlaneExit():
                 log.info("data plane %d ended as planned", told.pid)
         self._updater.tick(now)
+
+    def _hear_shadow(self, told: Shadowing | ShadowDelta | ShadowEnded) -> None:
+        match told:
+            case Shadowing():
+                self._compared.pop(told.model, None)
+            case ShadowDelta():
+                self._compared[told.model] = add(self._compared.get(told.model), told.counts)
+            case ShadowEnded():
+                detail = f"shadow ended, {told.reason}: {summary(self._compared.pop(told.model, None))}"
+                self._reporter.record(kind=EventKind.DATA_PLANE, model=told.model, detail=detail)
 
     def _announce(self) -> None:
         """What serves has changed: the birth says so."""
@@ -358,16 +391,39 @@ def _now() -> int:
     return time.time_ns() // 1_000_000
 
 
+def _configuration(settings: AgentSettings) -> Configure:
+    """Return what the data plane is told once. It comes from the local file alone: pipelines may start programs."""
+    return Configure(pipelines=settings.pipelines, capture=settings.capture, state=settings.device.state)
+
+
 def _data_plane_options(inference: InferenceSettings) -> list[str]:
+    if inference.grpc and find_spec("grpc") is None:
+        raise Trouble("inference.grpc is set, but gRPC is not installed", remedy="pip install 'edgewarden[grpc]'")
     options = {
         "--runtime": inference.runtime,
         "--threads": inference.threads,
         "--workers": inference.instances,
         "--queue": inference.queue,
         "--max-body": inference.max_body,
+        "--invoke-seconds": inference.invoke_seconds,
+        "--memory-bytes": inference.memory_bytes,
     }
     words = [str(word) for pair in options.items() for word in pair]
-    return [*words, "--feedback-on-tcp"] if inference.feedback_on_tcp else words
+    if inference.grpc:
+        words += ["--grpc", inference.grpc]
+    flags = {
+        "--feedback-on-tcp": inference.feedback_on_tcp,
+        "--allow-repository-control": inference.allow_repository_control,
+    }
+    return [*words, *(flag for flag, is_set in flags.items() if is_set)]
+
+
+def _trials(settings: AgentSettings) -> TrialChild:
+    """Measuring gets as much time again as the trial."""
+    seconds = settings.update.trial_seconds
+    if not settings.inference.measure:
+        return TrialChild(runtime=settings.inference.runtime, wall_seconds=seconds)
+    return TrialChild(runtime=settings.inference.runtime, wall_seconds=2 * seconds, ladder_seconds=seconds)
 
 
 def _listening_sockets(settings: AgentSettings) -> ListeningSockets:

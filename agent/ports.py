@@ -15,6 +15,7 @@ from agent.core.deployment import Deployment
 from agent.core.facts import DeviceFacts as DeviceFacts
 from agent.core.facts import Target as Target
 from agent.core.facts import VerifiedDesire as VerifiedDesire
+from agent.core.rungs import Rung
 from protocol.device_api import EnrolRequest, EnrolResponse
 from protocol.manifest import Manifest
 from protocol.messages import DesiredState, Resources
@@ -84,6 +85,7 @@ class StoredModel:
     digest: str
     folder: str
     manifest: Manifest
+    rung: Rung | None = None  # how it runs best on this device, if that was measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,7 @@ class DataPlaneExit:
     pid: int
     returncode: int
     planned: bool
+    detail: str = ""  # what it said last of its end
 
 
 # ---------------------------------------------------------------- ports
@@ -130,6 +133,9 @@ class ModelStore(Protocol):
 
     def admit(self, digest: str) -> StoredModel:
         """Move the staged folder into the store, durably; raise `Refusal` when a member is not what was signed."""
+
+    def note_rungs(self, digest: str, rungs: Sequence[Rung]) -> None:
+        """Keep what was measured of a stored bundle, beside it."""
 
     def find(self, digest: str) -> StoredModel | None:
         """Return a stored bundle whose every member still has its hash, or None (a damaged one is removed)."""

@@ -14,15 +14,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
+import msgspec
+
 from agent.channel import (
+    CANDIDATE,
+    STABLE,
     Answer,
     ChannelClosed,
+    Configure,
     Drain,
+    EndShadow,
+    Hung,
     Open,
+    Order,
     Ready,
     Refused,
     Serve,
     Serving,
+    Shadow,
+    ShadowDelta,
+    ShadowEnded,
+    Shadowing,
     StatisticsDelta,
     Withdraw,
     Withdrawn,
@@ -30,6 +42,8 @@ from agent.channel import (
 from agent.ports import DataPlaneExit, DataPlaneLauncher, DataPlaneProcess, StoredModel
 
 log = logging.getLogger(__name__)
+
+_PLANE_DIED = "the data plane ended; the candidate may be the cause"
 
 FIRST_BACKOFF_SECONDS = 0.1  # before the second restart; the first is immediate
 MAX_BACKOFF_SECONDS = 10.0
@@ -40,6 +54,7 @@ MAX_RELOAD_DEATHS = 3  # a bundle that took this many data planes with it while 
 RELOADED = 0  # ticket of orders the supervisor gives itself
 
 Event = Answer | DataPlaneExit
+Key = tuple[str, str]  # model, alias
 
 
 @dataclass(kw_only=True, eq=False)
@@ -48,10 +63,11 @@ class _Plane:
 
     process: DataPlaneProcess
     started: float
-    reloading: list[str] = field(default_factory=list)  # models it was ordered to serve and has not, in that order
+    reloading: list[Key] = field(default_factory=list)  # what it was ordered to serve and does not, in that order
     ready: bool = False
     open: bool = False  # accepts clients
     draining: bool = False
+    hung: Hung | None = None  # its last words
 
 
 # What arrives in the inbox.
@@ -69,11 +85,29 @@ class _Ended:
 
 @dataclass(frozen=True, kw_only=True)
 class _Wanted:
-    """An order from the update machine; ``model`` is None to withdraw."""
+    """An order from the update machine; ``model`` is None to withdraw. No ``alias``: all versions."""
 
     ticket: int
     name: str
     model: StoredModel | None
+    alias: str = STABLE
+
+    def order(self) -> Order:
+        if self.model is None:
+            return Withdraw(ticket=self.ticket, model=self.name, alias=self.alias)
+        return _serve_order(self.ticket, self.model, self.alias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Compared:
+    """An order about a shadow."""
+
+    ticket: int
+    name: str
+    wanted: Shadow | EndShadow
+
+    def order(self) -> Order:
+        return self.wanted
 
 
 class _Replace:
@@ -84,7 +118,7 @@ class _Stop:
     """The agent ends."""
 
 
-_Message = _Answered | _Ended | _Wanted | _Replace | _Stop
+_Message = _Answered | _Ended | _Wanted | _Compared | _Replace | _Stop
 
 
 class Supervisor:
@@ -99,22 +133,25 @@ class Supervisor:
         first_backoff: float = FIRST_BACKOFF_SECONDS,
         max_backoff: float = MAX_BACKOFF_SECONDS,
         stop_seconds: float = STOP_SECONDS,
+        configuration: Configure | None = None,
     ) -> None:
-        """Start nothing yet. ``clock`` returns seconds."""
+        """Start nothing yet. ``clock`` returns seconds; ``configuration`` goes to every data plane first."""
         self._launcher = launcher
         self._post = post
         self._clock = clock
         self._first_backoff = first_backoff
         self._max_backoff = max_backoff
         self._stop_seconds = stop_seconds
+        self._configuration = configuration
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
         self._current: _Plane | None = None
         self._successor: _Plane | None = None
         self._leaving: list[_Plane] = []
-        self._serving: dict[str, StoredModel] = {}  # what served last, by model
-        self._held: list[_Wanted] = []  # orders that wait until a data plane is open
-        self._asked: dict[int, _Wanted] = {}  # orders sent and not answered, by ticket
+        self._serving: dict[Key, StoredModel] = {}  # what served last
+        self._shadows: dict[str, Shadow] = {}  # by model; they end with a data plane that dies
+        self._held: list[_Wanted | _Compared] = []  # orders that wait until a data plane is open
+        self._asked: dict[int, _Wanted | _Compared] = {}  # orders sent and not answered, by ticket
         self._replacing = False  # a planned restart waits until nothing is asked any more
         self._reload_deaths: Counter[str] = Counter()  # by digest
         self._restarts = 0  # since the last healthy life
@@ -126,17 +163,28 @@ class Supervisor:
         """Start the data plane, in the background."""
         self._thread.start()
 
-    def serve(self, ticket: int, model: StoredModel) -> None:
+    def serve(self, ticket: int, model: StoredModel, alias: str = STABLE) -> None:
         """Order a bundle to serve; `Serving` or `Refused` with this ticket follows, unless the data plane dies first.
 
         Then `DataPlaneExit` is the answer, and whoever ordered decides whether to order again. Ticket `RELOADED` says
         that the bundle served before this start: it is loaded again after every death, and clients wait for it.
         """
-        self._inbox.put(_Wanted(ticket=ticket, name=model.manifest.model, model=model))
+        self._inbox.put(_Wanted(ticket=ticket, name=model.manifest.model, model=model, alias=alias))
 
-    def withdraw(self, ticket: int, model: str) -> None:
-        """Order a model to stop serving; `Withdrawn` with this ticket follows."""
-        self._inbox.put(_Wanted(ticket=ticket, name=model, model=None))
+    def withdraw(self, ticket: int, model: str, alias: str = "") -> None:
+        """Order a model, or only what has this alias, to stop serving; `Withdrawn` with this ticket follows."""
+        self._inbox.put(_Wanted(ticket=ticket, name=model, model=None, alias=alias))
+
+    def shadow(self, order: Shadow) -> None:
+        """Have a candidate compared; `Shadowing` follows, `ShadowDelta` each second, and `ShadowEnded` some day.
+
+        It does not survive a data plane that dies: the candidate may be the cause.
+        """
+        self._inbox.put(_Compared(ticket=order.ticket, name=order.model, wanted=order))
+
+    def end_shadow(self, ticket: int, model: str) -> None:
+        """Have a candidate compared no more; `ShadowEnded` with this ticket follows."""
+        self._inbox.put(_Compared(ticket=ticket, name=model, wanted=EndShadow(ticket=ticket, model=model)))
 
     def restart_planned(self) -> None:
         """Replace the data plane without losing a request; a planned `DataPlaneExit` of the old one follows."""
@@ -172,8 +220,8 @@ class Supervisor:
             case _Ended():
                 self._on_end(message.plane, message.returncode)
             case _Wanted(ticket=ticket, model=model) if ticket == RELOADED and model:
-                self._adopt(message.name, model)
-            case _Wanted():
+                self._adopt((message.name, message.alias), model)
+            case _Wanted() | _Compared():
                 self._held.append(message)
                 self._send_held()
             case _Replace():
@@ -230,32 +278,61 @@ class Supervisor:
         match answer:
             case Ready():
                 plane.ready = True
-                for model in plane.reloading:
-                    self._send(plane, _serve_order(RELOADED, self._serving[model]))
+                if self._configuration is not None:
+                    self._send(plane, self._configuration)
+                for key in plane.reloading:
+                    self._send(plane, _serve_order(RELOADED, self._serving[key], key[1]))
             case Serving() | Refused() if answer.ticket == RELOADED:
                 self._on_reloaded(plane, answer)
+            case Shadowing() | ShadowEnded():
+                self._on_compared(plane, answer)
             case Serving() | Refused() | Withdrawn():
                 self._on_ordered(answer)
-            case StatisticsDelta():
+            case Hung():
+                plane.hung = answer
+            case StatisticsDelta() | ShadowDelta():
                 pass
-        self._post(answer)
+        if not self._goes_on(plane, answer):
+            self._post(answer)
         self._open_if_complete(plane)
 
+    def _goes_on(self, plane: _Plane, answer: Answer) -> bool:
+        """Tell whether this is how a shadow moves from a data plane to its successor: nobody needs to hear of it."""
+        if isinstance(answer, ShadowEnded):
+            return plane.draining and answer.model in self._shadows
+        return isinstance(answer, Shadowing) and answer.ticket == RELOADED
+
     def _on_reloaded(self, plane: _Plane, answer: Serving | Refused) -> None:
-        if answer.model in plane.reloading:
-            plane.reloading.remove(answer.model)
+        key = (answer.model, answer.alias)
+        if key in plane.reloading:
+            plane.reloading.remove(key)
         if isinstance(answer, Refused):
             log.error("%s served before and cannot be loaded again: %s", answer.model, answer.reason)
-            self._serving.pop(answer.model, None)
+            self._serving.pop(key, None)
 
     def _on_ordered(self, answer: Serving | Refused | Withdrawn) -> None:
         wanted = self._asked.pop(answer.ticket, None)
-        if wanted is None or isinstance(answer, Refused):
+        if not isinstance(wanted, _Wanted) or isinstance(answer, Refused):
             return
         if wanted.model is None:
-            self._serving.pop(wanted.name, None)
-        else:
-            self._serving[wanted.name] = wanted.model
+            self._forget(wanted)
+            return
+        candidate = self._serving.get((wanted.name, CANDIDATE))
+        if wanted.alias == STABLE and candidate and candidate.digest == wanted.model.digest:
+            del self._serving[wanted.name, CANDIDATE]  # it was promoted
+        self._serving[wanted.name, wanted.alias] = wanted.model
+
+    def _forget(self, withdrawn: _Wanted) -> None:
+        for alias in (STABLE, CANDIDATE) if not withdrawn.alias else (withdrawn.alias,):
+            self._serving.pop((withdrawn.name, alias), None)
+
+    def _on_compared(self, plane: _Plane, answer: Shadowing | ShadowEnded) -> None:
+        asked = self._asked.pop(answer.ticket, None)
+        if isinstance(answer, ShadowEnded):
+            if plane is self._current:  # one that drains ends what its successor goes on with
+                self._shadows.pop(answer.model, None)
+        elif isinstance(asked, _Compared) and isinstance(asked.wanted, Shadow):
+            self._shadows[answer.model] = asked.wanted
 
     def _open_if_complete(self, plane: _Plane) -> None:
         if not plane.ready or plane.reloading or plane.open or plane.draining:
@@ -278,7 +355,9 @@ class Supervisor:
             self._leaving.remove(plane)
         else:
             self._on_death(plane)
-        self._post(DataPlaneExit(pid=plane.process.pid, returncode=returncode, planned=planned))
+        self._post(
+            DataPlaneExit(pid=plane.process.pid, returncode=returncode, planned=planned, detail=_last_words(plane))
+        )
         self._send_held()
 
     def _on_death(self, plane: _Plane) -> None:
@@ -287,6 +366,7 @@ class Supervisor:
             self._restarts = 0
         self._blame(plane)
         self._forget_asked()
+        self._end_shadows()
         if self._successor:
             self._current, self._successor = self._successor, None
         elif self._stopping_until is None:
@@ -302,28 +382,35 @@ class Supervisor:
         if self._reload_deaths[model.digest] >= MAX_RELOAD_DEATHS:
             del self._serving[suspect]
             reason = f"{MAX_RELOAD_DEATHS} data planes died while they loaded it"
-            log.error("%s %d is left out: %s", suspect, model.manifest.version, reason)
-            self._post(Refused(ticket=RELOADED, model=suspect, reason=reason))
+            log.error("%s %d is left out: %s", suspect[0], model.manifest.version, reason)
+            self._post(Refused(ticket=RELOADED, model=suspect[0], reason=reason, alias=suspect[1]))
 
     def _forget_asked(self) -> None:
         """Orders died with the data plane; a model whose withdrawal was ordered must not come back."""
         asked, self._asked = self._asked, {}
         for wanted in asked.values():
-            if wanted.model is None:
-                self._serving.pop(wanted.name, None)
+            if isinstance(wanted, _Compared):
+                self._post(ShadowEnded(ticket=wanted.ticket, model=wanted.name, reason=_PLANE_DIED))
+            elif wanted.model is None:
+                self._forget(wanted)
                 self._post(Withdrawn(ticket=wanted.ticket, model=wanted.name))
 
+    def _end_shadows(self) -> None:
+        shadows, self._shadows = self._shadows, {}
+        for model in shadows:
+            self._post(ShadowEnded(ticket=RELOADED, model=model, reason=_PLANE_DIED))
+
     # ------------------------------------------------------------ ordering
-    def _adopt(self, name: str, model: StoredModel) -> None:
+    def _adopt(self, key: Key, model: StoredModel) -> None:
         """Count a bundle among those that served; a data plane that is not open yet waits for it."""
-        self._serving[name] = model
+        self._serving[key] = model
         plane = self._current
         if plane is None:
             return  # the next one begins with it
-        if not plane.open and name not in plane.reloading:
-            plane.reloading.append(name)
+        if not plane.open and key not in plane.reloading:
+            plane.reloading.append(key)
         if plane.ready:
-            self._send(plane, _serve_order(RELOADED, model))
+            self._send(plane, _serve_order(RELOADED, model, key[1]))
 
     def _send_held(self) -> None:
         plane = self._current
@@ -332,12 +419,9 @@ class Supervisor:
         held, self._held = self._held, []
         for wanted in held:
             self._asked[wanted.ticket] = wanted
-            if wanted.model is None:
-                self._send(plane, Withdraw(ticket=wanted.ticket, model=wanted.name))
-            else:
-                self._send(plane, _serve_order(wanted.ticket, wanted.model))
+            self._send(plane, wanted.order())
 
-    def _send(self, plane: _Plane, order: Serve | Withdraw | Open | Drain) -> None:
+    def _send(self, plane: _Plane, order: Order) -> None:
         try:
             plane.process.send(order)
         except ChannelClosed:
@@ -354,6 +438,8 @@ class Supervisor:
 
     def _take_over(self, plane: _Plane) -> None:
         old, self._current, self._successor = self._current, plane, None
+        for shadow in self._shadows.values():
+            self._send(plane, msgspec.structs.replace(shadow, ticket=RELOADED))
         if old:
             self._leave(old)
 
@@ -365,6 +451,7 @@ class Supervisor:
     def _begin_stop(self) -> None:
         self._stopping_until = self._clock() + self._stop_seconds
         self._next_start = None
+        self._shadows.clear()
         planes = [plane for plane in (self._current, self._successor) if plane]
         self._current = self._successor = None
         for plane in planes:
@@ -380,11 +467,19 @@ class Supervisor:
         return not self._planes()
 
 
-def _serve_order(ticket: int, model: StoredModel) -> Serve:
+def _last_words(plane: _Plane) -> str:
+    hung = plane.hung
+    return f"{hung.model} {hung.version} hung: one invoke took more than {hung.seconds:g} s" if hung else ""
+
+
+def _serve_order(ticket: int, model: StoredModel, alias: str) -> Serve:
     return Serve(
         ticket=ticket,
         model=model.manifest.model,
         version=model.manifest.version,
         digest=model.digest,
         folder=model.folder,
+        alias=alias,
+        runtime=model.rung.runtime.value if model.rung else "",
+        threads=model.rung.threads if model.rung else 0,
     )

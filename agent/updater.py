@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 from agent.channel import Refused, Serving, Withdrawn
-from agent.core import deployment
+from agent.core import deployment, rungs
 from agent.core.admission import Objection, object_to, object_to_trial
 from agent.core.deployment import IN_FLIGHT, Deployment, Effect, Event, Happened
 from agent.core.facts import DeviceFacts, Target, VerifiedDesire
@@ -243,7 +243,12 @@ class Updater:
                 return Happened(event=Event.REFUSED, reason=reason, detail=verdict.detail)
             self._store.admit(target.sha256)
             runtime = verdict.runtime.value if verdict.runtime else "?"
-            return Happened(event=Event.PASSED, detail=f"{verdict.golden} golden samples agree on {runtime}")
+            detail = f"{verdict.golden} golden samples agree on {runtime}"
+            if verdict.ladder:
+                self._store.note_rungs(target.sha256, verdict.ladder)
+            if best := rungs.choose(verdict.ladder):
+                detail += f"; fastest here is {rungs.name(best)}, {best.p50_us} us"
+            return Happened(event=Event.PASSED, detail=detail)
 
         self._run(record, ticket, try_it)
 

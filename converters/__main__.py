@@ -20,7 +20,7 @@ except ModuleNotFoundError as missing:  # an installation without this program's
 import msgspec
 
 from converters.refusal import Refused
-from protocol.manifest import Calibrator, Manifest, Reference, TensorSpec
+from protocol.manifest import Calibrator, Manifest, Preprocess, Reference, Resize, TensorSpec
 from protocol.metrics import proportion
 
 BAD_INPUT = 2
@@ -57,6 +57,14 @@ def pack_command(
     ] = None,
     device_class: Annotated[list[str] | None, typer.Option(help="Device class it may run on; repeat. Any.")] = None,
     lineage: Annotated[list[str] | None, typer.Option(help="KEY=VALUE about how it was made; repeat.")] = None,
+    picture_mean: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="The model takes pictures: real = (pixel - MEAN) * SCALE, pixel in 0…255. Repeat per channel."
+        ),
+    ] = None,
+    picture_scale: Annotated[list[float] | None, typer.Option(help="SCALE of the same; repeat per channel.")] = None,
+    picture_resize: Annotated[Resize, typer.Option(help="How a picture of another shape fits.")] = Resize.STRETCH,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a quantised model on every installed runtime and pack it as a bundle."""
@@ -71,6 +79,7 @@ def pack_command(
             device_classes=tuple(device_class or ()),
             tolerance=tolerance,
             lineage=_pairs(lineage or []),
+            pictures=_pictures(picture_mean or [], picture_scale or [], picture_resize),
         )
         packed = pack(order)
         write_folder(packed, output)
@@ -108,6 +117,14 @@ def _pairs(words: list[str]) -> dict[str, str]:
         if "=" not in word:
             raise Refused(f"--lineage {word!r}: KEY=VALUE is expected")
     return dict(word.split("=", 1) for word in words)
+
+
+def _pictures(mean: list[float], scale: list[float], resize: Resize) -> Preprocess | None:
+    if not mean and not scale:
+        return None
+    if not mean or not scale:
+        raise Refused("--picture-mean and --picture-scale are given together, or neither is")
+    return Preprocess(mean=tuple(mean), scale=tuple(scale), resize=resize)
 
 
 def _refuse(error: Exception) -> NoReturn:
@@ -174,6 +191,7 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("golden", f"{golden.samples} samples, tolerance {golden.tolerance:g}"),
         ("reference", _accuracy(manifest.reference)),
         ("calibrator", _calibrator(manifest.calibrator)),
+        *([] if manifest.preprocess is msgspec.UNSET else [("pictures", _preprocess(manifest.preprocess))]),
         *(("member", f"{name} {digest}") for name, digest in sorted(manifest.members.items())),
         *(("lineage", f"{key} = {value}") for key, value in sorted(manifest.lineage.items())),
     ]
@@ -183,6 +201,12 @@ def _tensor(spec: TensorSpec) -> str:
     shape = "x".join(str(size) for size in spec.shape)
     quantisation = "" if spec.scale is None else f", scale {spec.scale:g}, zero point {spec.zero_point}"
     return f"{spec.name} {spec.dtype} {shape}{quantisation}"
+
+
+def _preprocess(preprocess: Preprocess) -> str:
+    pairs = zip(preprocess.mean, preprocess.scale, strict=True)
+    channels = ", ".join(f"(pixel - {mean:g}) * {scale:g}" for mean, scale in pairs)
+    return f"{channels}, {preprocess.resize.value}"
 
 
 def _accuracy(reference: Reference | None) -> str:

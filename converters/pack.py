@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -32,6 +33,7 @@ from protocol.manifest import (
     Golden,
     Manifest,
     Needs,
+    Preprocess,
     Reference,
     TensorSpec,
     check_manifest,
@@ -68,6 +70,7 @@ class Order:
     device_classes: tuple[str, ...] = ()
     tolerance: float | None = None  # None: by the type of the outputs
     lineage: Mapping[str, str] = field(default_factory=lambda: _NO_LINEAGE)  # what the recipe says of itself
+    pictures: Preprocess | None = None  # how a picture becomes the input; one mean and scale stand for every channel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,12 +241,23 @@ def _describe(
         calibrator=calibrator,
         members={name: digest_of(content) for name, content in members.items()},
         lineage=_lineage(order, samples, runs),
+        preprocess=_preprocess(order.pictures, report.inputs[0]) if order.pictures else msgspec.UNSET,
     )
     try:
         check_manifest(manifest)
     except BadManifest as error:
         raise Refused(f"{MANIFEST_NAME}: {error}") from error
     return manifest
+
+
+def _preprocess(pictures: Preprocess, spec: TensorSpec) -> Preprocess:
+    """Return the block with a number for every channel; what does not fit the input is left for the check."""
+    channels = spec.shape[-1] if spec.shape else 1
+    return msgspec.structs.replace(
+        pictures,
+        mean=pictures.mean * channels if len(pictures.mean) == 1 else pictures.mean,
+        scale=pictures.scale * channels if len(pictures.scale) == 1 else pictures.scale,
+    )
 
 
 def _needs(order: Order, runs: list[TrialRun]) -> Needs:

@@ -5,6 +5,9 @@ it was tested and calibrated. Unknown fields are errors. It is written by ``conv
 fills in the version.
 """
 
+import math
+from enum import Enum
+
 import msgspec
 
 from protocol.names import (
@@ -72,6 +75,21 @@ class Reference(Strict, frozen=True, kw_only=True):
     right: int  # how many of them were right
 
 
+class Resize(str, Enum):
+    """How a picture of another shape becomes the model's."""
+
+    STRETCH = "stretch"  # the whole picture; its proportions may change
+    CROP = "crop"  # the largest part in the middle that has the model's proportions
+
+
+class Preprocess(Strict, frozen=True, kw_only=True):
+    """How a picture becomes the first input: real = (pixel - mean) * scale, pixel in 0…255, one of each a channel."""
+
+    mean: tuple[float, ...]
+    scale: tuple[float, ...]
+    resize: Resize = Resize.STRETCH
+
+
 class Manifest(Strict, frozen=True, kw_only=True):
     """The whole manifest."""
 
@@ -91,6 +109,7 @@ class Manifest(Strict, frozen=True, kw_only=True):
     members: dict[str, str]  # member name -> sha256 hex; the manifest itself is not among them
     model_member: str = "model.tflite"
     lineage: dict[str, str] = {}  # recipe, data hash, tool versions
+    preprocess: Preprocess | msgspec.UnsetType = msgspec.UNSET  # absent: the model takes tensors only
 
 
 class BadManifest(ValueError):
@@ -128,6 +147,8 @@ def check_manifest(manifest: Manifest) -> None:
         raise BadManifest(f"calibrator.temperature: {manifest.calibrator.temperature} is not above 0")
     _check_members(manifest)
     _check_classes(manifest)
+    if manifest.preprocess is not msgspec.UNSET:
+        _check_preprocess(manifest.preprocess, manifest.inputs[0])
 
 
 def _check_names(manifest: Manifest) -> None:
@@ -159,3 +180,20 @@ def _check_classes(manifest: Manifest) -> None:
         raise BadManifest(
             f"classes: {len(manifest.classes)} names for {width} outputs of {manifest.outputs[0].name!r}"
         )
+
+
+def _check_preprocess(preprocess: Preprocess, spec: TensorSpec) -> None:
+    if len(spec.shape) != len(_NHWC) or spec.shape[3] not in _CHANNELS or min(spec.shape[1:]) < 1:
+        raise BadManifest(
+            f"preprocess: input {spec.name!r} of shape {list(spec.shape)} takes no picture; "
+            f"{_NHWC} with 1 or 3 channels does"
+        )
+    channels = spec.shape[3]
+    if (len(preprocess.mean), len(preprocess.scale)) != (channels, channels):
+        raise BadManifest(f"preprocess: mean and scale need {channels} numbers each, one a channel")
+    if not all(map(math.isfinite, (*preprocess.mean, *preprocess.scale))) or 0 in preprocess.scale:
+        raise BadManifest("preprocess: mean and scale must be numbers, and no scale may be 0")
+
+
+_NHWC = "NHWC"
+_CHANNELS = (1, 3)

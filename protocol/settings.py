@@ -42,6 +42,8 @@ def decode_settings(text: str, type_: type[T], file: str) -> T:
         raise BadSettings(file, int(line[1]) if line else 0, f"not TOML: {error}") from error
     except msgspec.ValidationError as error:
         raise _explain(str(error), text, type_, file) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
+        raise BadSettings(file, 0, f"not TOML: {error}") from error
 
 
 def _explain(problem: str, text: str, type_: type, file: str) -> BadSettings:
@@ -65,10 +67,18 @@ def _plain(path: str) -> str:
 
 def _keys(type_: type, path: str) -> list[str]:
     """Return the keys that a table may have; a list of tables has those of its items."""
+    structs = [type_]
     for part in filter(None, _plain(path).split(".")):
-        fields = {field.encode_name: field.type for field in msgspec.structs.fields(type_)}
-        type_ = next(iter(get_args(fields[part])), fields[part])
-    return [field.encode_name for field in msgspec.structs.fields(type_)]
+        fields = [field for struct in structs for field in msgspec.structs.fields(struct)]
+        structs = [struct for field in fields if field.encode_name == part for struct in _structs(field.type)]
+    return list(dict.fromkeys(field.encode_name for struct in structs for field in msgspec.structs.fields(struct)))
+
+
+def _structs(annotation: object) -> list[type]:
+    """Return the structs that may stand in a field: its own type, those of a union, those in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct):
+        return [annotation]
+    return [struct for part in get_args(annotation) for struct in _structs(part)]
 
 
 def _line_of(text: str, table: str, key: str) -> int:

@@ -4,7 +4,10 @@ numpy allocates what an array's header promises before it reads a byte, so the p
 the member first. What the arrays mean is known to `runtime.golden` and to the converters.
 """
 
+import struct
+import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,6 +16,19 @@ from numpy.lib import format as npy_format
 
 MAX_ARRAYS = 64
 _SUFFIX = ".npy"
+_UNREADABLE = (  # what the readers of ZIP, of DEFLATE and of a header's Python literal raise for damaged ones
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    tokenize.TokenError,
+    EOFError,
+    OverflowError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
 _npy: Any = npy_format  # this module of numpy has no types
 
 
@@ -27,9 +43,11 @@ def read_arrays(path: str | Path, cap: int) -> dict[str, npt.NDArray[Any]]:
             members = archive.infolist()
             _check_sizes(path, members, cap)
             return {member.filename.removesuffix(_SUFFIX): _read(path, archive, member) for member in members}
+    except BadArrays:
+        raise
     except FileNotFoundError as error:
         raise BadArrays(f"{path}: there is no such file") from error
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise BadArrays(f"{path}: not a readable .npz: {error}") from error
 
 
@@ -48,7 +66,7 @@ def _read(path: str | Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -
         with archive.open(member) as stream:
             array: npt.NDArray[Any] = _npy.read_array(stream, allow_pickle=False)
             return array
-    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+    except _UNREADABLE as error:
         raise BadArrays(f"{path}: {member.filename}: {error}") from error
 
 

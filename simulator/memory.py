@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 
 from agent.channel import TrialVerdict
 from agent.core.deployment import Deployment
+from agent.core.rungs import Rung
 from agent.ports import (
     EVENTS,
     TELEMETRY,
@@ -135,6 +136,9 @@ class MemoryStore:
         stored = StoredModel(digest=digest, folder=f"memory:/models/{digest}", manifest=self.manifests[digest])
         self.stored[digest] = stored
         return stored
+
+    def note_rungs(self, digest: str, rungs: Sequence[Rung]) -> None:
+        self.calls.append(("note_rungs", digest, str(len(rungs))))
 
     def find(self, digest: str) -> StoredModel | None:
         return self.stored.get(digest)

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from agent.adapters.atomic_file import flush_folder, read_capped, write_atomically
+from agent.core.rungs import Rung, choose
 from agent.ports import Refusal, StoredModel, Trouble
 from protocol.bundle import digest_of_stream
 from protocol.manifest import MANIFEST_NAME, BadManifest, Manifest, decode_manifest
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 MAX_POINTER = 1024 * 1024  # bytes
 _STAGING = ".staging"
+_BENCH = ".bench.json"  # after the digest: what was measured of a bundle here
 
 
 class FolderStore:
@@ -71,6 +73,12 @@ class FolderStore:
             shutil.rmtree(folder, ignore_errors=True)
             return None
 
+    def note_rungs(self, digest: str, rungs: Sequence[Rung]) -> None:
+        """Keep what was measured of a stored bundle, beside it."""
+        write_atomically(self._bench(digest), msgspec.json.encode(rungs))
+        if stored := self._verified.get(digest):
+            self._remember(digest, stored.manifest)
+
     def active(self) -> Mapping[str, str]:
         """Return {model: digest} of the active pointer; an unreadable pointer counts as empty, and is said."""
         try:
@@ -89,14 +97,29 @@ class FolderStore:
     def collect(self, keep: Sequence[str]) -> None:
         """Remove stored bundles and leftovers except these digests."""
         for folder in self._models.iterdir():
-            if folder.name not in keep:
+            if folder.name.endswith(_BENCH):
+                if folder.name.removesuffix(_BENCH) not in keep:
+                    folder.unlink(missing_ok=True)
+            elif folder.name not in keep:
                 self._verified.pop(folder.name, None)
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _remember(self, digest: str, manifest: Manifest) -> StoredModel:
-        stored = StoredModel(digest=digest, folder=str(self._models / digest), manifest=manifest)
+        folder = str(self._models / digest)
+        stored = StoredModel(digest=digest, folder=folder, manifest=manifest, rung=choose(self._rungs(digest)))
         self._verified[digest] = stored
         return stored
+
+    def _bench(self, digest: str) -> Path:
+        return self._models / f"{check_name('digest', digest, SHA256_HEX)}{_BENCH}"
+
+    def _rungs(self, digest: str) -> Sequence[Rung]:
+        """Return what was measured; a file that cannot be read is as good as none."""
+        try:
+            return msgspec.json.decode(read_capped(self._bench(digest), MAX_POINTER) or b"[]", type=list[Rung])
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            log.warning("what was measured of %s is unreadable: %s", digest[:16], error)
+            return ()
 
 
 def _verify(folder: Path) -> Manifest:

@@ -49,15 +49,17 @@ class TrialChild:
         *,
         runtime: str = "auto",
         wall_seconds: float = WALL_SECONDS,
+        ladder_seconds: float = 0.0,
         cpu_seconds: int = CPU_SECONDS,
         memory_factor: int = MEMORY_FACTOR,
         memory_margin: int = MEMORY_MARGIN,
         python: str = sys.executable,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``runtime``: ``auto`` or the one this device is set to."""
+        """``runtime``: ``auto`` or the one this device is set to; ``ladder_seconds``: see `TrialRequest`."""
         self._runtime = runtime
         self._wall_seconds = wall_seconds
+        self._ladder_seconds = ladder_seconds
         self._cpu_seconds = cpu_seconds
         self._memory_factor = memory_factor
         self._memory_margin = memory_margin
@@ -88,6 +90,7 @@ class TrialChild:
             model=release.model,
             version=release.version,
             variant=release.variant,
+            ladder_seconds=self._ladder_seconds,
         )
 
     def _environment(self) -> dict[str, str]:

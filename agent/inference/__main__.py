@@ -5,38 +5,58 @@ Without arguments it is control's child: sockets and channel come by descriptor,
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-from agent.channel import CHANNEL_FD, LISTEN_FDS, Channel
+from agent.channel import CHANNEL_FD, EXIT_HUNG, LISTEN_FDS, Channel, ChannelClosed
+from agent.config import AgentSettings, load_settings
+from agent.inference.configured import Configured
 from agent.inference.engine import Engine
 from agent.inference.http import Limits
-from agent.inference.kernel import die_with_parent
-from agent.inference.loading import CannotServe, Settings, from_argument
+from agent.inference.kernel import die_with_parent, limit_memory, memory_available
+from agent.inference.ladder import bench
+from agent.inference.loading import CannotServe, Settings
 from agent.inference.orders import Orders
+from agent.inference.repository import FLEET_DECIDES, Repository
 from agent.inference.routes import Routes
-from agent.inference.server import Server
+from agent.inference.server import Beside, Server
+from agent.inference.service import Service
 from agent.inference.statistics import Statistics
 from agent.inference.truth import TruthRing
-from agent.inference.unmanaged import greeting
+from agent.inference.unmanaged import Argument, greeting
+from agent.inference.watchdog import INVOKE_SECONDS, Hang, Watchdog
 from agent.listening import CannotListen, ListeningSockets, inherited_descriptors, parse_tcp
-from runtime.interpreter import AUTO
+from protocol.settings import BadSettings
+from runtime.interpreter import AUTO, RuntimeMissing, import_runtime
+
+if TYPE_CHECKING:
+    from agent.inference.grpc_server.server import GrpcServer
+
+log = logging.getLogger(__name__)
 
 DEFAULT_HTTP = "127.0.0.1:8000"  # the port that Triton's clients try
 EXIT_USAGE = 2
+LAST_ANSWERS_SECONDS = 1.0  # a process that ends for a model that hangs gives the others this long
+SEND_SECONDS = 0.05  # for the last of them to reach its socket
+STACK_BYTES = 1024 * 1024  # of a client's thread: the default of 8 MiB would count against the memory limit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run until told to stop; return the exit code."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    if options.mode == "bench":
+        return _bench(options)
     if options.mode == "serve":
         return _serve_unmanaged(options)
     if CHANNEL_FD not in os.environ:
@@ -47,8 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m agent.inference", description="Serves TFLite models.")
     _add_limits(parser)
-    serve = parser.add_subparsers(dest="mode").add_parser("serve", help="serve models without a fleet")
+    modes = parser.add_subparsers(dest="mode")
+    bench_parser = modes.add_parser("bench", help="measure a model on every runtime and number of threads")
+    bench_parser.add_argument("model", type=Path, metavar="BUNDLE_OR_TFLITE")
+    bench_parser.add_argument("--json", action="store_true", help="the table as JSON")
+    serve = modes.add_parser("serve", help="serve models without a fleet")
     _add_limits(serve)
+    serve.add_argument("--config", type=Path, metavar="FILE", help="take [[pipeline]] and [capture] of an agent.toml")
     serve.add_argument("models", nargs="+", type=Path, metavar="BUNDLE_OR_TFLITE")
     serve.add_argument("--unix", type=Path, metavar="PATH", help="listen on a Unix socket")
     serve.add_argument("--http", metavar="HOST:PORT", help=f"listen on loopback TCP (default {DEFAULT_HTTP})")
@@ -60,8 +85,20 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, default=1, help="threads of one interpreter")
     parser.add_argument("--workers", type=_positive, default=1, help="interpreters of each model")
     parser.add_argument("--queue", type=_positive, default=64, help="requests that may wait for a model")
+    parser.add_argument("--grpc", metavar="HOST:PORT", help="answer gRPC on loopback TCP too; needs the extra grpc")
     parser.add_argument("--max-body", type=_positive, default=Limits().body_bytes, help="largest request, in bytes")
+    parser.add_argument(
+        "--invoke-seconds", type=float, default=INVOKE_SECONDS, help="a model that takes longer hangs"
+    )
+    parser.add_argument(
+        "--memory-bytes", type=int, default=0, help="what may be taken beside the runtime's own; 0: all"
+    )
     parser.add_argument("--feedback-on-tcp", action="store_true", help="take feedback on TCP too, not only on Unix")
+    parser.add_argument(
+        "--allow-repository-control",
+        action="store_true",
+        help="local clients may load and unload what a fleet manages",
+    )
 
 
 def _positive(text: str) -> int:
@@ -78,12 +115,70 @@ def _engine(options: argparse.Namespace) -> Engine:
         truth=TruthRing(),
         now_ms=lambda: time.time_ns() // 1_000_000,
         queue_limit=options.queue,
+        watchdog=Watchdog(options.invoke_seconds),
+        memory_available=memory_available,
     )
 
 
-def _server(sockets: ListeningSockets, engine: Engine, options: argparse.Namespace, *, managed: bool) -> Server:
-    routes = Routes(engine, managed=managed, feedback_on_tcp=options.feedback_on_tcp, body_cap=options.max_body)
-    return Server(sockets, routes, Limits(body_bytes=options.max_body))
+def _limit_memory(options: argparse.Namespace) -> None:
+    """Limit what models and requests may take; the runtime's own code is imported before."""
+    if not options.memory_bytes:
+        return
+    with contextlib.suppress(RuntimeMissing, ValueError):  # the first model that is loaded says it better
+        import_runtime(options.runtime)
+    threading.stack_size(STACK_BYTES)
+    limit_memory(options.memory_bytes)
+
+
+def _server(
+    sockets: ListeningSockets,
+    engine: Engine,
+    service: Service,
+    options: argparse.Namespace,
+    *,
+    managed: bool,
+    beside: Beside | None,
+    configured: Configured,
+) -> Server:
+    routes = Routes(
+        engine,
+        managed=managed,
+        feedback_on_tcp=options.feedback_on_tcp,
+        body_cap=options.max_body,
+        service=service,
+    )
+    routes.add(configured)
+    return Server(sockets, routes, Limits(body_bytes=options.max_body), beside=beside)
+
+
+def _grpc(service: Service, options: argparse.Namespace, *, shared: bool) -> "GrpcServer | None":
+    """Return the gRPC side, if it is wanted; raise `CannotListen`."""
+    if not options.grpc:
+        return None
+    try:
+        from agent.inference.grpc_server.server import GrpcServer
+    except ImportError as error:
+        raise CannotListen(f"gRPC needs the extra 'grpc': pip install 'edgewarden[grpc]' ({error})") from error
+    host, port = parse_tcp(options.grpc)
+    return GrpcServer(service, host, port, max_body=options.max_body, shared=shared)
+
+
+def _open(server: Server, configured: Configured) -> None:
+    server.open()
+    configured.start()
+
+
+def _drain(server: Server, configured: Configured) -> None:
+    configured.stop_soon()
+    server.drain()
+
+
+def _bench(options: argparse.Namespace) -> int:
+    try:
+        return bench(options.model, as_json=options.json, cores=os.cpu_count() or 1)
+    except CannotServe as error:
+        print(f"edgewarden: {error}", file=sys.stderr)  # noqa: T201 - a command says why it stops
+        return EXIT_USAGE
 
 
 # ---------------------------------------------------------------- control's child
@@ -92,15 +187,57 @@ def _serve_managed(options: argparse.Namespace) -> int:
     channel = Channel(socket.socket(fileno=int(os.environ[CHANNEL_FD])))
     sockets = ListeningSockets.inherited(inherited_descriptors(os.environ, LISTEN_FDS))
     engine = _engine(options)
-    server = _server(sockets, engine, options, managed=True)
-    orders = Orders(channel, engine, on_open=server.open, on_drain=server.drain)
+    repository = Repository(engine, forbidden="" if options.allow_repository_control else FLEET_DECIDES)
+    service = Service(engine, repository)
+    configured = Configured(engine)
+    beside = _grpc_or_none(service, options)
+    server = _server(sockets, engine, service, options, managed=True, beside=beside, configured=configured)
+    orders = Orders(
+        channel,
+        engine,
+        repository,
+        on_configure=configured.configure,
+        on_open=lambda: _open(server, configured),
+        on_drain=lambda: _drain(server, configured),
+    )
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in a terminal reaches control, which drains this process
-    signal.signal(signal.SIGTERM, lambda *_: server.drain())
+    signal.signal(signal.SIGTERM, lambda *_: _drain(server, configured))
+    _limit_memory(options)
+    engine.watchdog.start(lambda hang: _end_for(hang, engine, server, orders))
     orders.start()
     server.run()
+    configured.finish()
     engine.close()
     orders.finish()
     return 0
+
+
+def _grpc_or_none(service: Service, options: argparse.Namespace) -> "GrpcServer | None":
+    """Return the gRPC side, if it can be had: without it, HTTP serves on."""
+    try:
+        return _grpc(service, options, shared=True)
+    except CannotListen as error:
+        log.error("%s; gRPC is not served", error)
+        return None
+
+
+# ---------------------------------------------------------------- a model that hangs
+def _end_for(hang: Hang, engine: Engine, server: Server, orders: Orders | None = None) -> None:
+    """End this process, for an invoke cannot be ended; first answer whom other models can answer, and say why."""
+    one = hang.servable
+    log.critical("%s %d hangs: one invoke took more than %g s", one.model, one.version, hang.seconds)
+    server.drain()
+    engine.give_up(one)
+    deadline = time.monotonic() + LAST_ANSWERS_SECONDS
+    stuck = sum(found.waiting for found in engine.all() if found.servable.digest == one.digest)
+    while time.monotonic() < deadline and server.busy > stuck:
+        time.sleep(0.01)
+    time.sleep(SEND_SECONDS)
+    if orders:
+        with contextlib.suppress(ChannelClosed):
+            orders.say_hung(hang)
+        orders.finish()
+    os._exit(EXIT_HUNG)
 
 
 # ---------------------------------------------------------------- on its own
@@ -108,32 +245,57 @@ def _serve_unmanaged(options: argparse.Namespace) -> int:
     try:
         with TemporaryDirectory(prefix="edgewarden-serve-") as scratch:
             return _serve_models(options, Path(scratch))
-    except (CannotServe, CannotListen) as error:
+    except (CannotServe, CannotListen, BadSettings) as error:
         print(f"edgewarden: {error}", file=sys.stderr)  # noqa: T201 - a command says why it stops
         return EXIT_USAGE
 
 
 def _serve_models(options: argparse.Namespace, scratch: Path) -> int:
-    servables = [from_argument(path, scratch) for path in options.models]
-    names = [servable.model for servable in servables]
+    arguments = [Argument(path, scratch) for path in options.models]
+    names = [argument.servable.model for argument in arguments]
     if len(set(names)) != len(names):
         raise CannotServe(f"two of the given models have the same name: {', '.join(sorted(names))}")
     http = options.http or (None if options.unix else DEFAULT_HTTP)
     sockets = ListeningSockets.open(unix=options.unix, tcp=parse_tcp(http) if http else None)
     engine = _engine(options)
+    repository = Repository(engine)
+    configured = Configured(engine)
     try:
-        for servable in servables:
-            engine.serve(servable)
-        server = _server(sockets, engine, options, managed=False)
+        _configure_alone(configured, options)
+        for argument in arguments:
+            repository.serve(argument.servable, argument.read_again)
+        service = Service(engine, repository)
+        beside = _grpc(service, options, shared=False)
+        server = _server(sockets, engine, service, options, managed=False, beside=beside, configured=configured)
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: server.drain())
-        print(greeting(engine, sockets.addresses()), flush=True)  # noqa: T201 - this is for the person who started it
-        server.open()
+            signal.signal(number, lambda *_: _drain(server, configured))
+        addresses = (*sockets.addresses(), *([beside.address] if beside else []))
+        print(greeting(engine, addresses), flush=True)  # noqa: T201 - this is for the person who started it
+        engine.watchdog.start(lambda hang: _end_for(hang, engine, server))
+        _open(server, configured)
         server.run()
     finally:
+        configured.finish()
         engine.close()
         sockets.close()
     return 0
+
+
+def _configure_alone(configured: Configured, options: argparse.Namespace) -> None:
+    """Take over pipelines and capture from a settings file; the rest of it is the agent's. Raises `BadSettings`."""
+    if options.config is not None:
+        settings = load_settings(options.config)
+        configured.adopt(settings.pipelines, settings.capture, _state_of(settings, options.config))
+
+
+def _state_of(settings: AgentSettings, file: Path) -> Path | None:
+    """Return the folder for samples and their key; nothing but capture needs one."""
+    if not settings.capture.enabled:
+        return None
+    state = Path(settings.device.state)
+    if not state.is_dir():
+        raise BadSettings(str(file), 0, f"device.state: {state} is not a folder, and capture needs one")
+    return state
 
 
 if __name__ == "__main__":

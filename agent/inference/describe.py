@@ -15,23 +15,31 @@ from protocol.manifest import TensorSpec
 from protocol.states import RuntimeName
 
 SERVER_NAME = "edgewarden"
-EXTENSIONS = ("binary_tensor_data", "model_configuration", "statistics")  # only what works
+EXTENSIONS = (  # only what works
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "schedule_policy",
+    "statistics",
+)
+REPOSITORY_EXTENSION = "model_repository"  # works only where local clients may load and unload
 _PLATFORMS = {RuntimeName.LITERT: "tflite_litert", RuntimeName.TFLITE_RUNTIME: "tflite_runtime"}
 
 Json = dict[str, Any]  # on its way out; nothing reads it again
 
 
-def server_metadata() -> Json:
+def server_metadata(*, repository_is_open: bool = False) -> Json:
     """Return the body of ``GET /v2``."""
-    return {"name": SERVER_NAME, "version": protocol.__version__, "extensions": EXTENSIONS}
+    more = (REPOSITORY_EXTENSION,) if repository_is_open else ()
+    return {"name": SERVER_NAME, "version": protocol.__version__, "extensions": sorted((*EXTENSIONS, *more))}
 
 
-def metadata(generation: Generation) -> Json:
-    """Return a model's metadata."""
+def metadata(generation: Generation, versions: Iterable[Generation] = ()) -> Json:
+    """Return a model's metadata; ``versions``: all that serve of it."""
     signature = generation.signature
     return {
         "name": signature.model,
-        "versions": [str(signature.version)],
+        "versions": [str(one.signature.version) for one in versions] or [str(signature.version)],
         "platform": _PLATFORMS[generation.runtime],
         "inputs": [_tensor(spec) for spec in signature.inputs],
         "outputs": [_tensor(spec) for spec in signature.outputs],
@@ -76,6 +84,7 @@ _METRICS = (
         "Requests not answered, by reason",
         lambda t: {',reason="REJECTED"': t.rejected, ',reason="BACKEND"': t.failure},
     ),
+    ("edgewarden_deadline_missed", "Requests turned away for their deadline", lambda t: {"": t.late}),
     ("nv_inference_count", "Inferences performed", lambda t: {"": t.success}),
     ("nv_inference_exec_count", "Model executions", lambda t: {"": t.success}),
     ("nv_inference_request_duration_us", "Queue and compute time, cumulative", lambda t: {"": t.success_ns // 1000}),

@@ -1,47 +1,69 @@
 """One generation of a model: a loaded bundle with its interpreters, from warm to drained.
 
-A connection's thread leases an interpreter, copies the request's bytes in once, runs it, counts the request and puts
-the interpreter back, so nothing is handed from thread to thread; whoever finds none waits, and only so many may wait.
-Which generation serves under a name is the engine's business.
+A connection's thread leases an interpreter, copies the request's bytes in once, runs it, gives the interpreter back
+and counts the request, so nothing is handed from thread to thread. Who may go first, and who has to wait or leave,
+is decided in `pool`; which generation serves under a name is the engine's business.
 """
 
 import logging
-import math
-import threading
 import time
 from collections.abc import Callable, Sequence
-from queue import Empty, SimpleQueue
+from typing import NamedTuple, Protocol
 
 from agent.inference.loading import Servable
+from agent.inference.pool import (
+    LOWEST,
+    NORMAL,
+    QUEUE_LIMIT,
+    NoneFree,
+    Pool,
+    QueueFull,
+    Retired,
+    Shed,
+    TooLate,
+    TurnedAway,
+    Urgency,
+    is_past,
+)
 from agent.inference.prediction import Prediction, Predictor
+from agent.inference.shadow import Shadow
 from agent.inference.statistics import Counters, Timing
 from agent.inference.tensors import Buffer, Signature
 from agent.inference.truth import TruthRing
+from agent.inference.watchdog import Watchdog
 from runtime.interpreter import LoadedModel
 
 log = logging.getLogger(__name__)
 
-QUEUE_LIMIT = 64  # requests waiting or running, per model
 WAIT_SECONDS = 30.0  # how long a request waits for an interpreter
 RETIRE_SECONDS = 30.0  # how long a swap waits for the old generation's last requests
-_SMOOTHING = 0.1  # weight of the newest service time in the moving average
-
-
-class Retired(Exception):
-    """This generation takes no more requests; another may serve under the name."""
-
-
-class QueueFull(Exception):
-    """Too many requests are waiting. ``retry_after``: seconds until the queue should have room."""
-
-    def __init__(self, waiting: int, retry_after: int) -> None:
-        """Say how many are waiting."""
-        super().__init__(f"{waiting} requests are waiting already")
-        self.retry_after = retry_after
 
 
 class ModelFailed(Exception):
     """The runtime gave up on these values, or no interpreter came free in time."""
+
+
+class Tap(Protocol):
+    """Looks at requests that were answered."""
+
+    def offer(self, found: "Generation", request_id: str, inputs: Sequence[Buffer], outputs: Sequence[bytes]) -> None:
+        """Take a look, at once; never raises. The inputs are overwritten afterwards."""
+
+
+class Taps:
+    """Who looks. Shared by the generations of an engine, so that it may change while they serve."""
+
+    capture: Tap | None = None
+
+
+class _Run(NamedTuple):
+    """What one run of an interpreter gave, and when its steps ended (ns)."""
+
+    outputs: list[bytes]
+    started: int
+    filled: int
+    invoked: int
+    read: int
 
 
 class Generation:
@@ -58,6 +80,8 @@ class Generation:
         now_ms: Callable[[], int],
         queue_limit: int = QUEUE_LIMIT,
         wait_seconds: float = WAIT_SECONDS,
+        watchdog: Watchdog | None = None,
+        taps: Taps | None = None,
     ) -> None:
         """Take over loaded models; each is one interpreter."""
         self.servable = servable
@@ -65,36 +89,45 @@ class Generation:
         self.counters = counters
         self.runtime = models[0].runtime
         self.interpreters = len(models)
+        self.pool = Pool(models, queue_limit)
         self._truth = truth
         self._now_ms = now_ms
-        self._queue_limit = queue_limit
         self._wait_seconds = wait_seconds
+        self._watchdog = watchdog or Watchdog()
+        self._taps = taps or Taps()
+        self.shadow: Shadow | None = None  # compares a candidate with what is answered here
         self._predictor = Predictor(models[0].outputs[0], servable.calibrator) if servable.classes else None
-        self._idle: SimpleQueue[LoadedModel] = SimpleQueue()
-        for model in models:
-            self._idle.put(model)
-        self._gate = threading.Lock()
-        self._waiting = 0
-        self._retired = False
-        self._service_ns = 0.0  # moving average
 
     @property
     def waiting(self) -> int:
         """Return how many requests wait or run."""
-        return self._waiting
+        return self.pool.waiting
 
-    def run(self, request_id: str, inputs: Sequence[Buffer]) -> list[bytes]:
-        """Return the bytes of every output; raise `Retired`, `QueueFull` or `ModelFailed`."""
+    def run(self, request_id: str, inputs: Sequence[Buffer], urgency: Urgency = NORMAL) -> list[bytes]:
+        """Return the bytes of every output; raise `Retired`, `TurnedAway` or `ModelFailed`."""
         queued = time.perf_counter_ns()
-        self._enter()
+        model = self._lease(urgency)
+        run = self._run_and_return(model, inputs)
+        if is_past(urgency):
+            self.counters.dropped(late=True)
+            raise TooLate("the answer was ready only after the deadline")
+        prediction = self._predict(run.outputs)
+        self._count(request_id, run, prediction, queued)
+        if self.shadow is not None and prediction is not None:
+            self.shadow.offer(inputs, prediction)
+        if self._taps.capture is not None:
+            self._taps.capture.offer(self, request_id, inputs, run.outputs)
+        return run.outputs
+
+    def rehearse(self, inputs: Sequence[Buffer]) -> tuple[Prediction, int]:
+        """Answer a classifier's request that nobody asked: last in line, not counted. Returns the time in ns too."""
+        model = self.pool.lease(Urgency(LOWEST), self._wait_seconds)
         try:
-            model = self._lease()
-            try:
-                return self._perform(model, request_id, inputs, queued)
-            finally:
-                self._idle.put(model)
+            run = self._perform(model, inputs, time.perf_counter_ns())
         finally:
-            self._leave()
+            self.pool.give_back(model)
+        assert self._predictor is not None  # only classifiers are compared
+        return self._predictor.predict(run.outputs[0]), run.read - run.started
 
     def misfit(self) -> None:
         """Count a request whose tensors do not fit: a new version that broke its clients must show."""
@@ -102,66 +135,66 @@ class Generation:
 
     def retire(self) -> None:
         """Take no more requests, wait for those that were taken, free the interpreters."""
-        with self._gate:
-            self._retired = True
+        self.pool.retire()
         deadline = time.monotonic() + RETIRE_SECONDS
-        while self._waiting and time.monotonic() < deadline:
+        while self.pool.waiting and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
-        for _ in range(self.interpreters):
-            try:
-                self._idle.get_nowait().close()
-            except Empty:
-                log.error("%s %d still runs a request; its memory stays taken", *self._name)
-
-    @property
-    def _name(self) -> tuple[str, int]:
-        return self.servable.model, self.servable.version
+        free = self.pool.empty()
+        for model in free:
+            model.close()
+        if len(free) < self.interpreters:
+            log.error(
+                "%s %d still runs a request; its memory stays taken", self.servable.model, self.servable.version
+            )
 
     # ------------------------------------------------------------ waiting
-    def _enter(self) -> None:
-        with self._gate:
-            if self._retired:
-                raise Retired
-            if self._waiting >= self._queue_limit:
-                self.counters.dropped()
-                raise QueueFull(self._waiting, self._retry_after())
-            self._waiting += 1
-
-    def _leave(self) -> None:
-        with self._gate:
-            self._waiting -= 1
-
-    def _retry_after(self) -> int:
-        return max(1, math.ceil(self._waiting * self._service_ns / self.interpreters / 1e9))
-
-    def _lease(self) -> LoadedModel:
+    def _lease(self, urgency: Urgency) -> LoadedModel:
         try:
-            return self._idle.get(timeout=self._wait_seconds)
-        except Empty:
+            return self.pool.lease(urgency, self._wait_seconds)
+        except TurnedAway as refusal:
+            self.counters.dropped(late=isinstance(refusal, TooLate))
+            raise
+        except NoneFree:
             self.counters.failed(self._now_ms())
             raise ModelFailed(f"no interpreter came free within {self._wait_seconds:g} s") from None
 
     # ------------------------------------------------------------ running
-    def _perform(self, model: LoadedModel, request_id: str, inputs: Sequence[Buffer], queued: int) -> list[bytes]:
-        started = time.perf_counter_ns()
+    def _run_and_return(self, model: LoadedModel, inputs: Sequence[Buffer]) -> _Run:
+        """Run a leased interpreter and give it back; raise `ModelFailed`."""
+        started, took = time.perf_counter_ns(), 0
         try:
-            for index, data in enumerate(inputs):
-                model.fill(index, data)
-            filled = time.perf_counter_ns()
-            model.invoke()
-            invoked = time.perf_counter_ns()
-            outputs = [model.read(index) for index in range(len(model.outputs))]
-            prediction = self._predictor.predict(outputs[0]) if self._predictor else None
+            run = self._perform(model, inputs, started)
+            took = run.read - started
         except Exception as error:  # whatever a model does, its interpreter goes on
             self.counters.failed(self._now_ms(), time.perf_counter_ns() - started)
             raise ModelFailed(str(error) or type(error).__name__) from error
-        ended = time.perf_counter_ns()
-        self._service_ns += _SMOOTHING * (ended - started - self._service_ns)
-        timing = Timing(started - queued, filled - started, invoked - filled, ended - invoked)
-        self._count(request_id, timing, prediction)
-        return outputs
+        finally:
+            self.pool.give_back(model, took)
+        return run
 
-    def _count(self, request_id: str, timing: Timing, prediction: Prediction | None) -> None:
+    def _perform(self, model: LoadedModel, inputs: Sequence[Buffer], started: int) -> _Run:
+        for index, data in enumerate(inputs):
+            model.fill(index, data)
+        filled = time.perf_counter_ns()
+        self._watchdog.begin(model, self.servable)
+        try:
+            model.invoke()
+        finally:
+            self._watchdog.end(model)
+        invoked = time.perf_counter_ns()
+        outputs = [model.read(index) for index in range(len(model.outputs))]
+        return _Run(outputs, started, filled, invoked, time.perf_counter_ns())
+
+    def _predict(self, outputs: Sequence[bytes]) -> Prediction | None:
+        try:
+            return self._predictor.predict(outputs[0]) if self._predictor else None
+        except Exception as error:  # scores that are no numbers are the model's failure
+            self.counters.failed(self._now_ms())
+            raise ModelFailed(str(error) or type(error).__name__) from error
+
+    def _count(self, request_id: str, run: _Run, prediction: Prediction | None, queued: int) -> None:
+        ended = time.perf_counter_ns()
+        timing = Timing(run.started - queued, run.filled - run.started, run.invoked - run.filled, ended - run.invoked)
         now = self._now_ms()
         self.counters.succeeded(timing, prediction, now)
         if prediction is not None:
@@ -175,3 +208,18 @@ class Generation:
 
 
 _POLL_SECONDS = 0.001  # a swap's wait; a condition would cost every request a notification
+
+__all__ = [
+    "NORMAL",
+    "QUEUE_LIMIT",
+    "Generation",
+    "ModelFailed",
+    "QueueFull",
+    "Retired",
+    "Shed",
+    "Tap",
+    "Taps",
+    "TooLate",
+    "TurnedAway",
+    "Urgency",
+]

@@ -5,11 +5,15 @@ client may send wrongly ends in an `HttpError` with its status, and whatever it 
 Chunked bodies are not accepted: a body's size must be known before it is read.
 """
 
+import functools
 import socket
+import struct
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http import HTTPStatus
+from types import MappingProxyType
+from typing import NamedTuple
 
 from agent.inference.parsing import Head, HttpError, parse_head
 
@@ -17,6 +21,8 @@ END_OF_HEAD = b"\r\n\r\n"
 LINGER_SECONDS = 2.0  # how long a refused body is read and thrown away, so that the client sees the refusal
 LINGER_CHUNK = 65536
 JSON = "application/json"
+_NEW_TIMES = 66  # SO_RCVTIMEO_NEW of asm-generic/socket.h: 64-bit times on a 32-bit machine
+_TIMEVAL = struct.Struct("@qq" if socket.SO_RCVTIMEO == _NEW_TIMES else "@ll")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +37,13 @@ class Limits:
     send_seconds: float = 30.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Response:
+class Response(NamedTuple):
     """What is sent back. ``body`` parts are sent one after the other without being joined first."""
 
     status: int = 200
     body: tuple[bytes, ...] = ()
     content_type: str = JSON
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = MappingProxyType({})
 
 
 class Disconnected(Exception):
@@ -56,6 +61,9 @@ class HttpConnection:
         self._buffer = bytearray(limits.head_bytes)
         self._start = self._end = 0  # the bytes between were received and not used yet
         self._body = bytearray()
+        # The kernel keeps the deadlines that hold for most calls; Python's own cost two system calls each time.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(limits.idle_seconds))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(limits.send_seconds))
         self.idle = True  # between two requests: nothing is lost when the connection ends here
 
     def read_head(self) -> Head | None:
@@ -87,19 +95,12 @@ class HttpConnection:
     def send(self, response: Response, *, close: bool) -> None:
         """Send a response; raise `Disconnected` when the client does not take it."""
         length = sum(map(len, response.body))
-        lines = [
-            _status_line(response.status),
-            f"Content-Type: {response.content_type}\r\nContent-Length: {length}\r\n",
-            *(f"{name}: {value}\r\n" for name, value in response.headers.items()),
-            "Connection: close\r\n\r\n" if close else "\r\n",
-        ]
-        parts = ["".join(lines).encode("latin-1"), *response.body]
+        head = _head(response.status, response.content_type, length, tuple(response.headers.items()), close)
         self.idle = True
         try:
-            self._sock.settimeout(self._limits.send_seconds)
-            sent = self._sock.sendmsg(parts)
-            if sent < length + len(parts[0]):
-                self._sock.sendall(memoryview(b"".join(parts))[sent:])
+            sent = self._sock.sendmsg((head, *response.body))
+            if sent < length + len(head):
+                self._sock.sendall(b"".join((head, *response.body))[sent:])
         except OSError as error:
             raise Disconnected(str(error)) from error
 
@@ -123,7 +124,7 @@ class HttpConnection:
         """Wait for a request's first bytes; False when the client ended or stayed idle for too long."""
         if self._start == self._end:
             self._start = self._end = 0
-            return self._receive_head(self._limits.idle_seconds)
+            return self._receive_head()
         self._move_down()
         return True
 
@@ -138,15 +139,12 @@ class HttpConnection:
                 raise HttpError(408, f"the head did not arrive within {self._limits.head_seconds:g} s", close=True)
         return end
 
-    def _receive_head(self, seconds: float) -> bool:
+    def _receive_head(self, seconds: float | None = None) -> bool:
+        """Wait for some bytes of a head, for as long as a connection may be idle if no seconds are said."""
         try:
-            self._sock.settimeout(seconds)
-            with memoryview(self._buffer) as view:
-                got = self._sock.recv_into(view[self._end :])
+            got = self._receive_into(memoryview(self._buffer)[self._end :], seconds)
         except TimeoutError:
             return False
-        except OSError as error:
-            raise Disconnected(str(error)) from error
         if not got and not self.idle:
             raise Disconnected("the client ended within a head")
         self._end += got
@@ -170,24 +168,48 @@ class HttpConnection:
             left = deadline - self._clock()
             if left <= 0:
                 raise HttpError(408, f"the body did not arrive within {self._limits.body_seconds:g} s", close=True)
-            self._sock.settimeout(left)
             try:
-                chunk = self._sock.recv_into(view[got:])
+                chunk = self._receive_into(view[got:], left)
             except TimeoutError:
                 continue
-            except OSError as error:
-                raise Disconnected(str(error)) from error
             if not chunk:
                 raise Disconnected("the client ended within a body")
             got += chunk
 
+    def _receive_into(self, view: memoryview, seconds: float | None) -> int:
+        """Receive some bytes; raise TimeoutError, or `Disconnected`."""
+        try:
+            if seconds is None:
+                return self._sock.recv_into(view)
+            self._sock.settimeout(seconds)
+            try:
+                return self._sock.recv_into(view)
+            finally:
+                self._sock.settimeout(None)
+        except BlockingIOError as error:
+            raise TimeoutError from error
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise Disconnected(str(error)) from error
+
     def _send_all(self, data: bytes) -> None:
         try:
-            self._sock.settimeout(self._limits.send_seconds)
             self._sock.sendall(data)
         except OSError as error:
             raise Disconnected(str(error)) from error
 
 
-def _status_line(status: int) -> str:
-    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+@functools.lru_cache(maxsize=256)  # answers differ in their lengths, by as much as their ids do
+def _head(status: int, content_type: str, length: int, headers: tuple[tuple[str, str], ...], close: bool) -> bytes:
+    lines = [
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n",
+        f"Content-Type: {content_type}\r\nContent-Length: {length}\r\n",
+        *(f"{name}: {value}\r\n" for name, value in headers),
+        "Connection: close\r\n\r\n" if close else "\r\n",
+    ]
+    return "".join(lines).encode("latin-1")
+
+
+def _timeval(seconds: float) -> bytes:
+    return _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))

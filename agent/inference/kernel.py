@@ -1,4 +1,4 @@
-"""What a child asks of the Linux kernel: to die with its parent, and to lose the network.
+"""What a child asks of the Linux kernel: to die with its parent, to lose the network, to stay within its memory.
 
 By ctypes, for Python has no names for these. A machine that lacks one of them says so in the return value or in
 `NoIsolation`; what that means is the caller's decision.
@@ -8,11 +8,14 @@ import ctypes
 import errno
 import os
 import platform
+import resource
 import signal
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from agent.channel import PARENT_PID
+from runtime.measure import memory_use
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_SECCOMP = 22
@@ -44,6 +47,33 @@ def die_with_parent(environ: Mapping[str, str]) -> None:
     expected = environ.get(PARENT_PID)
     if expected is not None and expected != str(os.getppid()):
         sys.exit("the process that started this one is gone")
+
+
+def limit_memory(more: int) -> None:
+    """Let this process take this many bytes of private memory more than it has now (RLIMIT_DATA)."""
+    limit = memory_use().data + more
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def memory_available() -> int | None:
+    """Return how many bytes this process may still take: the machine's, and those under its own limit."""
+    known = [value for value in (_machine_available(), _limit_left()) if value is not None]
+    return min(known, default=None)
+
+
+def _machine_available() -> int | None:
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    available = fields.get("MemAvailable", "").split()
+    return int(available[0]) * 1024 if available else None
+
+
+def _limit_left() -> int | None:
+    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    return None if soft == resource.RLIM_INFINITY else max(0, soft - memory_use().data)
 
 
 def take_network_away() -> str:

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import msgspec
+
 from agent.inference.tensors import Signature
 from protocol.bundle import BadBundle, digest_of_stream, unpack
 from protocol.manifest import MANIFEST_NAME, BadManifest, Calibrator, Golden, Manifest, TensorSpec, decode_manifest
 from protocol.names import MAX_MANIFEST, MODEL_NAME
 from protocol.states import RuntimeName, Task
 from runtime.golden import GoldenMismatch, GoldenUnreadable, check_golden
+from runtime.images import ImageReader
 from runtime.interpreter import AUTO, LoadedModel, ModelUnloadable, RuntimeMissing, available, open_model
 
 QUANTISATION_TOLERANCE = 1e-6  # relative: a scale is a float32 in the file and a decimal in the manifest
@@ -62,6 +65,7 @@ class Settings:
 
     runtime: str = AUTO
     threads: int = 1  # of one interpreter
+    kernels: str = ""  # see `runtime.interpreter.KERNELS`
     workers: int = 1  # interpreters of one model, each with its own copy of the weights
 
 
@@ -146,7 +150,12 @@ def load(servable: Servable, settings: Settings) -> tuple[tuple[LoadedModel, ...
 def load_one(servable: Servable, settings: Settings) -> LoadedModel:
     """Load one copy and check its tensors; raise `CannotServe`."""
     try:
-        model = open_model(servable.path, runtime=choose_runtime(servable, settings), threads=settings.threads)
+        model = open_model(
+            servable.path,
+            runtime=choose_runtime(servable, settings),
+            threads=settings.threads,
+            kernels=settings.kernels,
+        )
     except (ModelUnloadable, RuntimeMissing, ValueError, MemoryError) as error:
         raise CannotServe(f"{servable.model} {servable.version}: {_said(error)}") from error
     try:
@@ -229,7 +238,15 @@ def _signature(servable: Servable, model: LoadedModel) -> Signature:
         version=servable.version,
         inputs=_named(promised.inputs if promised else model.inputs, model.inputs),
         outputs=_named(promised.outputs if promised else model.outputs, model.outputs),
+        classes=servable.classes,
+        image=_image_reader(promised, model),
     )
+
+
+def _image_reader(promised: Manifest | None, model: LoadedModel) -> ImageReader | None:
+    if promised is None or promised.preprocess is msgspec.UNSET:
+        return None
+    return ImageReader(model.inputs[0], promised.preprocess)
 
 
 def _named(named: Sequence[TensorSpec], actual: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:

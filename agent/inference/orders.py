@@ -11,22 +11,32 @@ from collections.abc import Callable
 from pathlib import Path
 
 from agent.channel import (
+    STABLE,
     Answer,
     Channel,
     ChannelClosed,
+    Configure,
     Drain,
+    EndShadow,
+    Hung,
     Open,
     Order,
     Ready,
     Refused,
     Serve,
     Serving,
+    Shadow,
+    ShadowDelta,
+    ShadowEnded,
+    Shadowing,
     StatisticsDelta,
     Withdraw,
     Withdrawn,
 )
-from agent.inference.engine import Engine
+from agent.inference.engine import Engine, Flip
 from agent.inference.loading import CannotServe, Servable, from_folder
+from agent.inference.repository import Repository
+from agent.inference.watchdog import Hang
 from runtime.interpreter import available
 
 log = logging.getLogger(__name__)
@@ -38,13 +48,22 @@ class Orders:
     """Obeys on one thread, reports on another."""
 
     def __init__(
-        self, channel: Channel, engine: Engine, *, on_open: Callable[[], None], on_drain: Callable[[], None]
+        self,
+        channel: Channel,
+        engine: Engine,
+        repository: Repository,
+        *,
+        on_open: Callable[[], None],
+        on_drain: Callable[[], None],
+        on_configure: Callable[[Configure], None] | None = None,
     ) -> None:
         """``on_open`` and ``on_drain`` reach the server; both return at once."""
         self._channel = channel
         self._engine = engine
+        self._repository = repository
         self._on_open = on_open
         self._on_drain = on_drain
+        self._on_configure = on_configure
         self._ended = threading.Event()
 
     def start(self) -> None:
@@ -61,6 +80,11 @@ class Orders:
         except ChannelClosed:
             log.warning("control is gone; the last second of statistics is lost")
 
+    def say_hung(self, hang: Hang) -> None:
+        """Name the model that this process ends for."""
+        one = hang.servable
+        self._channel.send(Hung(model=one.model, version=one.version, digest=one.digest, seconds=hang.seconds))
+
     # ------------------------------------------------------------ obeying
     def _obey_all(self) -> None:
         try:
@@ -73,10 +97,20 @@ class Orders:
     def _obey(self, order: Order) -> None:
         match order:
             case Serve():
-                self._channel.send(self._serve(order))
+                answer = self._serve(order)
+                self._tell_ended_shadows()
+                self._channel.send(answer)
             case Withdraw():
-                self._engine.withdraw(order.model)
+                self._withdraw(order)
+                self._tell_ended_shadows()
                 self._channel.send(Withdrawn(ticket=order.ticket, model=order.model))
+            case Configure():
+                if self._on_configure is not None:
+                    self._on_configure(order)
+            case Shadow():
+                self._shadow(order)
+            case EndShadow():
+                self._end_shadow(order)
             case Open():
                 self._on_open()
             case Drain():
@@ -84,12 +118,12 @@ class Orders:
 
     def _serve(self, order: Serve) -> Answer:
         try:
-            flip = self._engine.serve(_ordered(order))
+            flip = self._flip(order)
         except CannotServe as error:
-            return Refused(ticket=order.ticket, model=order.model, reason=str(error))
+            return _refused(order, str(error))
         except Exception as error:  # a broken bundle must not end what serves beside it
             log.exception("loading %s %d met a fault of this agent", order.model, order.version)
-            return Refused(ticket=order.ticket, model=order.model, reason=f"{type(error).__name__}: {error}")
+            return _refused(order, f"{type(error).__name__}: {error}")
         return Serving(
             ticket=order.ticket,
             model=order.model,
@@ -97,7 +131,46 @@ class Orders:
             digest=order.digest,
             runtime=flip.runtime,
             took_us=flip.took_us,
+            alias=order.alias,
+            stop_start=flip.stop_start,
         )
+
+    def _flip(self, order: Serve) -> Flip:
+        """Candidates are no business of the repository: local clients load and unload what is stable."""
+        servable = _ordered(order)
+        if order.runtime or order.threads:
+            self._engine.prefer(order.digest, runtime=order.runtime, threads=order.threads)
+        return (
+            self._repository.serve(servable) if order.alias == STABLE else self._engine.serve(servable, order.alias)
+        )
+
+    def _withdraw(self, order: Withdraw) -> None:
+        if order.alias in ("", STABLE):
+            self._repository.withdraw(order.model, order.alias)
+        else:
+            self._engine.withdraw(order.model, order.alias)
+
+    # ------------------------------------------------------------ shadows
+    def _shadow(self, order: Shadow) -> None:
+        try:
+            stable, candidate = self._engine.start_shadow(order.model, share=order.share, cpu=order.cpu)
+        except CannotServe as error:
+            self._channel.send(ShadowEnded(ticket=order.ticket, model=order.model, reason=str(error)))
+            return
+        self._tell_ended_shadows()
+        digests = stable.servable.digest, candidate.servable.digest
+        self._channel.send(Shadowing(ticket=order.ticket, model=order.model, stable=digests[0], candidate=digests[1]))
+
+    def _end_shadow(self, order: EndShadow) -> None:
+        self._engine.end_shadow(order.model, "as ordered")
+        self._tell_ended_shadows(order.ticket)
+
+    def _tell_ended_shadows(self, ticket: int = 0) -> None:
+        ended = self._engine.take_ended_shadows()
+        for one in ended:
+            if one.counts is not None:
+                self._channel.send(ShadowDelta(model=one.model, counts=one.counts))
+            self._channel.send(ShadowEnded(ticket=ticket, model=one.model, reason=one.reason))
 
     # ------------------------------------------------------------ reporting
     def _report_all(self) -> None:
@@ -108,10 +181,17 @@ class Orders:
             return  # the other thread ends the process
 
     def _report(self) -> None:
+        self._tell_ended_shadows()
+        for model, counts in self._engine.take_shadows():
+            self._channel.send(ShadowDelta(model=model, counts=counts))
         models = self._engine.statistics.take_delta()
         truth, unknown = self._engine.truth.take_delta()
         if models or truth or unknown:
             self._channel.send(StatisticsDelta(models=models, truth=truth, unknown_truth=unknown))
+
+
+def _refused(order: Serve, reason: str) -> Refused:
+    return Refused(ticket=order.ticket, model=order.model, reason=reason, alias=order.alias)
 
 
 def _ordered(order: Serve) -> Servable:

@@ -4,20 +4,21 @@ Translates between `http` and the engine, and decides nothing itself. A request 
 that the size of its body is capped by what the endpoint, and the model, can use.
 """
 
-import itertools
-import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 
-from agent.inference.describe import metadata, model_config, model_statistics, prometheus, server_metadata
-from agent.inference.engine import Engine, UnknownModel
-from agent.inference.generation import Generation, ModelFailed, QueueFull, Retired
-from agent.inference.http import Response
+from agent.inference.describe import metadata, model_config, prometheus
+from agent.inference.encoding import IDENTITY, WORTHWHILE, accepted_coding, coding_of, deflated, inflated
+from agent.inference.engine import Engine
+from agent.inference.generation import Generation
+from agent.inference.http import JSON, Response
 from agent.inference.parsing import Head, HttpError
-from agent.inference.tensors import MAX_ID, BadTensor, NotARequest, decode_call, encode_answer
+from agent.inference.repository import FLEET_DECIDES, Repository
+from agent.inference.service import Failure, Kind, Service, model_name
+from agent.inference.tensors import MAX_ID, decode_call, encode_answer
 from agent.inference.truth import AlreadyJudged, UnknownPrediction
 
 SMALL_BODY = 64 * 1024  # bytes; enough for every endpoint but infer
@@ -27,11 +28,21 @@ T = TypeVar("T")
 _METHODS = {"": "GET", "ready": "GET", "config": "GET", "stats": "GET", "infer": "POST", "feedback": "POST"}
 
 
+_STATUS = {Kind.UNKNOWN: 404, Kind.WRONG: 400, Kind.FORBIDDEN: 400, Kind.BUSY: 503, Kind.FAILED: 500}
+Parameters = dict[str, object]
+
+
 class Feedback(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The true class of a past prediction: its index or its name."""
 
     id: str
     truth: int | str
+
+
+class Change(msgspec.Struct, frozen=True):
+    """The body of loading and unloading."""
+
+    parameters: Parameters = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,40 +51,66 @@ class Plan:
 
     answer: Callable[[memoryview], Response]
     body_cap: int = SMALL_BODY
+    lasting: bool = False  # holds for every request with the same head, whatever serves by then
+
+
+class Addition(Protocol):
+    """A part that answers paths of its own."""
+
+    def plan(self, head: Head, *, over_tcp: bool) -> Plan | None:
+        """Return how to answer a request, or None when the path is not one of its own; raise `HttpError`."""
+
+    def metrics(self) -> Iterator[str]:
+        """Return its lines of ``/metrics``."""
 
 
 class Routes:
     """The endpoints over one engine."""
 
-    def __init__(self, engine: Engine, *, managed: bool, feedback_on_tcp: bool = False, body_cap: int) -> None:
-        """``managed``: a fleet decides what serves here, so local clients may not."""
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        managed: bool,
+        feedback_on_tcp: bool = False,
+        body_cap: int,
+        service: Service | None = None,
+    ) -> None:
+        """``managed``: a fleet decides what serves here; ``service`` knows whether local clients may too."""
         self._engine = engine
-        self._managed = managed
+        self.service = service or Service(engine, Repository(engine, forbidden=FLEET_DECIDES if managed else ""))
         self._feedback_on_tcp = feedback_on_tcp
         self._body_cap = body_cap
-        self._ready: Callable[[], bool] = lambda: True
-        # Ids only need to be told apart within what is remembered; the prefix keeps processes apart.
-        self._id_prefix = secrets.token_hex(6)
-        self._id_numbers = itertools.count(1)
+        self._additions: list[Addition] = []
         self._fixed: dict[tuple[str, ...], Callable[[Head], Plan]] = {
-            ("metrics",): lambda head: _get(head, lambda: _text(prometheus(self._engine))),
-            ("v2",): lambda head: _get(head, lambda: _json(server_metadata())),
+            ("metrics",): lambda head: _get(head, lambda: _text(self._metrics())),
+            ("v2",): lambda head: _get(head, lambda: _json(self.service.describe())),
             ("v2", "health", "live"): lambda head: _get(head, lambda: _json({"live": True})),
             ("v2", "health", "ready"): lambda head: _get(head, self._health),
-            ("v2", "models", "stats"): lambda head: _get(head, self._all_statistics),
+            ("v2", "models", "stats"): lambda head: _get(head, lambda: _json(self.service.statistics())),
             ("v2", "repository", "index"): lambda head: _post(head, lambda body: _json(self._index(body))),
         }
 
+    def add(self, addition: "Addition") -> None:
+        """Answer the paths of a part that local settings brought in, too."""
+        self._additions.append(addition)
+
     def when_ready(self, ready: Callable[[], bool]) -> None:
         """Ask ``ready`` for the server's health from now on."""
-        self._ready = ready
+        self.service.when_ready(ready)
 
     def plan(self, head: Head, *, over_tcp: bool) -> Plan:
         """Return how to answer a request; raise `HttpError`."""
+        coding = coding_of(head.headers)
         try:
-            return self._plan(head, over_tcp=over_tcp)
-        except UnknownModel as error:
-            raise HttpError(404, str(error)) from error
+            plan = self._plan(head, over_tcp=over_tcp)
+        except Failure as failure:
+            raise _as_error(failure) from failure
+        return Plan(
+            answer=lambda body: _answer(plan, inflated(body, coding, plan.body_cap)),
+            body_cap=plan.body_cap,
+            lasting=plan.lasting,
+        )
 
     def _plan(self, head: Head, *, over_tcp: bool) -> Plan:
         if head.path in self._fixed:
@@ -83,21 +120,26 @@ class Routes:
                 return self._plan_model(head, model, version, "".join(rest), over_tcp=over_tcp)
             case ("v2", "models", model, *rest) if len(rest) <= 1:
                 return self._plan_model(head, model, None, "".join(rest), over_tcp=over_tcp)
-            case ("v2", "repository", "models", _, "load" | "unload"):
-                return _post(head, self._refuse_change, cap=self._body_cap)
+            case ("v2", "repository", "models", model, "load"):
+                return _post(head, lambda body: self._change(self.service.load, model, body), cap=self._body_cap)
+            case ("v2", "repository", "models", model, "unload"):
+                return _post(head, lambda body: self._change(self.service.unload, model, body), cap=self._body_cap)
             case ("v2", extension, *_) if extension in _NOT_OFFERED:
                 raise HttpError(501, f"{extension} is not offered; see the extensions at GET /v2")
+        for addition in self._additions:
+            if plan := addition.plan(head, over_tcp=over_tcp):
+                return plan
         raise HttpError(404, f"there is nothing at /{'/'.join(head.path)[:80]}; the protocol starts at /v2")
 
     def _plan_model(self, head: Head, model: str, version: str | None, what: str, *, over_tcp: bool) -> Plan:
         if what not in _METHODS or (version is not None and what not in _VERSIONED):
             raise HttpError(404, f"a model has no {what[:40]!r}")
         _check_method(head, _METHODS[what])
-        found = self._engine.find(model, version)
+        found = self.service.find(model, version)
         match what:
             case "infer":
                 cap = min(found.signature.body_cap, self._body_cap)
-                return Plan(answer=lambda body: self._infer(head, model, version, body), body_cap=cap)
+                return Plan(answer=lambda body: self._infer(head, model, version, body), body_cap=cap, lasting=True)
             case "feedback":
                 self._check_feedback_allowed(over_tcp=over_tcp)
                 return Plan(answer=lambda body: self._judge(found, body))
@@ -106,56 +148,36 @@ class Routes:
             case "config":
                 return Plan(answer=lambda _: _json(model_config(found)))
             case "stats":
-                return Plan(answer=lambda _: _json(model_statistics([found])))
-        return Plan(answer=lambda _: _json(metadata(found)))
+                return Plan(answer=lambda _: _json(self.service.statistics(model, version)))
+        versions = [found] if version else self._engine.versions(model)
+        return Plan(answer=lambda _: _json(metadata(found, versions)))
 
     # ------------------------------------------------------------ health and repository
+    def _metrics(self) -> str:
+        more = [f"{line}\n" for addition in self._additions for line in addition.metrics()]
+        return prometheus(self._engine) + "".join(more)
+
     def _health(self) -> Response:
-        if not self._ready():
+        if not self.service.is_ready:
             raise HttpError(503, "the server is going away", headers={"Retry-After": "1"})
         return _json({"ready": True})
 
-    def _all_statistics(self) -> Response:
-        return _json(model_statistics(self._engine.all()))
-
     def _index(self, body: memoryview) -> list[dict[str, str]]:
-        _decode(body or b"{}", dict[str, bool])  # {"ready": …} changes nothing: what is listed is ready
+        asked = _decode(body or b"{}", dict[str, bool])
         return [
-            {"name": one.servable.model, "version": str(one.servable.version), "state": "READY", "reason": ""}
-            for one in self._engine.all()
+            {"name": one.name, "version": str(one.version), "state": one.state.value, "reason": one.reason}
+            for one in self.service.index(ready_only=asked.get("ready", False))
         ]
 
-    def _refuse_change(self, _: memoryview) -> Response:
-        if self._managed:
-            raise HttpError(400, "models are managed by the fleet here; they are loaded and unloaded by its rollouts")
-        raise HttpError(501, "loading and unloading is not offered; name the models when the server is started")
+    def _change(self, change: Callable[[str, Parameters], None], model: str, body: memoryview) -> Response:
+        change(model, _decode(body or b"{}", Change).parameters)
+        return _json({})
 
     # ------------------------------------------------------------ inference
     def _infer(self, head: Head, model: str, version: str | None, body: memoryview) -> Response:
-        while True:
-            try:
-                return self._infer_on(self._engine.find(model, version), head, body)
-            except Retired:
-                continue  # a swap came between: ask the new one, against its own tensors
-            except UnknownModel as error:
-                raise HttpError(404, str(error)) from error
-
-    def _infer_on(self, found: Generation, head: Head, body: memoryview) -> Response:
-        signature = found.signature
-        try:
-            call = decode_call(body, head.json_length, signature)
-            request_id = call.id or f"{self._id_prefix}-{next(self._id_numbers):x}"
-            parts = encode_answer(call, request_id, found.run(request_id, call.inputs), signature)
-        except NotARequest as error:
-            raise HttpError(400, str(error)) from error
-        except BadTensor as error:
-            found.misfit()
-            raise HttpError(400, str(error)) from error
-        except QueueFull as error:
-            raise HttpError(503, f"{model_name(found)}: {error}", headers=_retry_after(error)) from error
-        except ModelFailed as error:
-            raise HttpError(500, f"{model_name(found)} failed: {error}") from error
-        return _infer_response(parts)
+        done = self.service.infer(model, version, lambda signature: decode_call(body, head.json_length, signature))
+        parts = encode_answer(done.call, done.id, done.outputs, done.signature)
+        return _infer_response(parts, accepted_coding(head.headers))
 
     # ------------------------------------------------------------ feedback
     def _check_feedback_allowed(self, *, over_tcp: bool) -> None:
@@ -177,9 +199,16 @@ class Routes:
         return _json({"id": feedback.id, "truth": truth})
 
 
-def model_name(found: Generation) -> str:
-    """Return a model and its version, for messages."""
-    return f"{found.servable.model} {found.servable.version}"
+def _as_error(failure: Failure) -> HttpError:
+    headers = {} if failure.retry_after is None else {"Retry-After": str(failure.retry_after)}
+    return HttpError(_STATUS[failure.kind], failure.message, headers=headers)
+
+
+def _answer(plan: Plan, body: memoryview) -> Response:
+    try:
+        return plan.answer(body)
+    except Failure as failure:
+        raise _as_error(failure) from failure
 
 
 def _class_index(found: Generation, truth: int | str) -> int:
@@ -225,12 +254,11 @@ def _text(text: str) -> Response:
     return Response(body=(text.encode(),), content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _infer_response(parts: tuple[bytes, ...]) -> Response:
-    if len(parts) == 1:
-        return Response(body=parts)
-    headers = {"Inference-Header-Content-Length": str(len(parts[0]))}
-    return Response(body=parts, content_type="application/octet-stream", headers=headers)
-
-
-def _retry_after(error: QueueFull) -> dict[str, str]:
-    return {"Retry-After": str(error.retry_after)}
+def _infer_response(parts: tuple[bytes, ...], coding: str) -> Response:
+    """Return the response; only these are compressed, for clients forget to look anywhere else."""
+    binary = len(parts) > 1
+    headers = {"Inference-Header-Content-Length": str(len(parts[0]))} if binary else {}
+    if coding != IDENTITY and sum(map(len, parts)) >= WORTHWHILE:
+        headers["Content-Encoding"] = coding
+        parts = deflated(parts, coding)
+    return Response(body=parts, content_type="application/octet-stream" if binary else JSON, headers=headers)

@@ -12,12 +12,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterable
+from typing import Protocol
 
 import msgspec
 
 from agent.inference.http import Disconnected, HttpConnection, Limits, Response
 from agent.inference.parsing import Head, HttpError, check_local
-from agent.inference.routes import SMALL_BODY, Routes
+from agent.inference.routes import SMALL_BODY, Plan, Routes
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,19 @@ MAX_CONNECTIONS = 256
 IDLE_GRACE_SECONDS = 1.0  # a drain waits this long for the next request on connections that are kept open
 DRAIN_SECONDS = 10.0  # and this long in all
 _OPEN, _DRAIN = b"o", b"d"
+
+
+class Beside(Protocol):
+    """Another transport of the same process, which opens and drains together with this one."""
+
+    def start(self) -> None:
+        """Begin to answer."""
+
+    def begin_stop(self) -> None:
+        """Take no more calls; return at once."""
+
+    def finish(self) -> None:
+        """Wait until every call has ended."""
 
 
 class Server:
@@ -37,12 +51,14 @@ class Server:
         limits: Limits,
         *,
         max_connections: int = MAX_CONNECTIONS,
+        beside: Beside | None = None,
     ) -> None:
         """Take over listening sockets; nothing is accepted before `open`."""
         self._listeners = tuple(listeners)
         self._routes = routes
         self._limits = limits
         self._max_connections = max_connections
+        self._beside = beside
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._accepting = False
         self._draining = False
@@ -71,6 +87,12 @@ class Server:
         self._draining = True
         self._wake(_DRAIN)
 
+    @property
+    def busy(self) -> int:
+        """Return how many connections wait for an answer."""
+        with self._changed:
+            return sum(not connection.idle for connection in self._open.values())
+
     def _wake(self, why: bytes) -> None:
         with contextlib.suppress(OSError):  # ended already
             self._wake_sender.send(why)
@@ -81,6 +103,8 @@ class Server:
             for listener in self._listeners:
                 listener.setblocking(False)  # another process may be quicker to accept
                 ready.register(listener, selectors.EVENT_READ, listener)
+            if self._beside:
+                self._beside.start()
 
     # ------------------------------------------------------------ accepting
     def _accept(self, listener: socket.socket) -> None:
@@ -123,10 +147,11 @@ class Server:
     # ------------------------------------------------------------ one client
     def _serve(self, sock: socket.socket, connection: HttpConnection) -> None:
         over_tcp = sock.family != socket.AF_UNIX
+        before = _Before()
         try:
             if over_tcp:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            while self._serve_one(connection, over_tcp=over_tcp):
+            while self._serve_one(connection, before, over_tcp=over_tcp):
                 pass
         except Disconnected:
             pass
@@ -136,7 +161,7 @@ class Server:
             sock.close()
             self._forget(sock)
 
-    def _serve_one(self, connection: HttpConnection, *, over_tcp: bool) -> bool:
+    def _serve_one(self, connection: HttpConnection, before: "_Before", *, over_tcp: bool) -> bool:
         """Answer one request; False when the connection is done."""
         try:
             head = connection.read_head()
@@ -146,20 +171,22 @@ class Server:
             return False
         if head is None:
             return False
-        response, understood = self._answer(connection, head, over_tcp=over_tcp)
+        response, understood = self._answer(connection, head, before, over_tcp=over_tcp)
         keep = head.keep_alive and understood and not self._draining
         connection.send(response, close=not keep)
         if not understood:
             connection.linger()
         return keep
 
-    def _answer(self, connection: HttpConnection, head: Head, *, over_tcp: bool) -> tuple[Response, bool]:
+    def _answer(
+        self, connection: HttpConnection, head: Head, before: "_Before", *, over_tcp: bool
+    ) -> tuple[Response, bool]:
         """Return the response, and whether what follows on the connection can be understood."""
         body_read = False
         try:
-            if over_tcp:
-                check_local(head)
-            plan = self._routes.plan(head, over_tcp=over_tcp)
+            plan = before.plan if head is before.head else None
+            if plan is None:
+                plan = self._plan(head, before, over_tcp=over_tcp)
             body = connection.read_body(head, plan.body_cap)
             body_read = True
             return plan.answer(body), True
@@ -172,14 +199,25 @@ class Server:
             log.exception("%s %s met a fault of this server", head.method, "/".join(head.path)[:200])
             return _error_response(HttpError(500, "a fault of this server; its log says more")), body_read
 
+    def _plan(self, head: Head, before: "_Before", *, over_tcp: bool) -> Plan:
+        if over_tcp:
+            check_local(head)
+        plan = self._routes.plan(head, over_tcp=over_tcp)
+        before.head, before.plan = (head, plan) if plan.lasting else (None, None)
+        return plan
+
     # ------------------------------------------------------------ draining
     def _finish(self) -> None:
         for listener in self._listeners:
             listener.close()
+        if self._beside:
+            self._beside.begin_stop()
         if not self._wait_until_empty(IDLE_GRACE_SECONDS):
             self._cut_idle()
             if not self._wait_until_empty(DRAIN_SECONDS - IDLE_GRACE_SECONDS):
                 log.warning("%d requests did not end within %g s", len(self._open), DRAIN_SECONDS)
+        if self._beside:
+            self._beside.finish()
         self._wake_receiver.close()
         self._wake_sender.close()
 
@@ -198,6 +236,16 @@ class Server:
         with self._changed:
             self._open.pop(sock, None)
             self._changed.notify_all()
+
+
+class _Before:
+    """What a connection's request before this one was: who keeps asking the same is planned for once."""
+
+    __slots__ = ("head", "plan")
+
+    def __init__(self) -> None:
+        self.head: Head | None = None
+        self.plan: Plan | None = None
 
 
 def _stop_reading(sock: socket.socket) -> None:

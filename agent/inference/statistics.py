@@ -35,6 +35,7 @@ class Totals:
     success: int = 0
     failure: int = 0
     rejected: int = 0
+    late: int = 0  # of the rejected: those that missed their deadline
     success_ns: int = 0
     failure_ns: int = 0
     queue_ns: int = 0
@@ -96,11 +97,12 @@ class Counters:
             self._totals.failure_ns += duration_ns
             self._totals.last_ms = now_ms
 
-    def dropped(self) -> None:
-        """Count a request that was turned away before it ran."""
+    def dropped(self, *, late: bool = False) -> None:
+        """Count a request that was turned away; ``late``: for its deadline."""
         with self._lock:
             self._difference.dropped += 1
             self._totals.rejected += 1
+            self._totals.late += late
 
     def take(self) -> ModelStatistics | None:
         """Return what happened since the last call, or None when nothing did."""

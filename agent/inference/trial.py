@@ -16,7 +16,9 @@ from typing import BinaryIO
 import msgspec
 
 from agent.channel import TrialRequest, TrialVerdict
+from agent.core.rungs import Rung
 from agent.inference.kernel import NoIsolation, die_with_parent, take_network_away
+from agent.inference.ladder import climb_in_trial
 from agent.inference.loading import (
     CannotServe,
     Servable,
@@ -129,14 +131,24 @@ def _passed(request: TrialRequest, servable: Servable, network: str) -> TrialVer
         raise Failed(RejectReason.DOES_NOT_FIT, str(error)) from error
     except (CannotServe, RuntimeError) as error:
         raise Failed(RejectReason.SELFTEST_FAILED, str(error)) from error
+    peak = growth(before, memory_use())
+    model.close()
     return TrialVerdict(
         passed=True,
+        ladder=_ladder(request, servable),
         runtime=runtime,
         latency_us=latency_us,
-        peak_memory=growth(before, memory_use()),
+        peak_memory=peak,
         golden=golden,
         network=network,
     )
+
+
+def _ladder(request: TrialRequest, servable: Servable) -> tuple[Rung, ...]:
+    """Measure in children of this process: they have no network either, and the same limits each."""
+    if not request.ladder_seconds:
+        return ()
+    return climb_in_trial(servable, os.cpu_count() or 1, runtime=request.runtime, seconds=request.ladder_seconds)
 
 
 def _import_runtime(servable: Servable, request: TrialRequest) -> RuntimeName:

@@ -1,13 +1,43 @@
-"""What an unmanaged server tells the person who started it: what serves, where, and a request to try."""
+"""An unmanaged server's dealings with the person who started it.
+
+The bundles that were named on the command line, and what is told at start: what serves, where, a request to try.
+"""
 
 import shlex
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import mkdtemp
 
 from agent.inference.engine import Engine
 from agent.inference.generation import Generation
+from agent.inference.loading import Servable, from_argument
 from agent.inference.tensors import count, size
 
 FEW_ELEMENTS = 128  # an example with more in its JSON would fill the screen
+
+
+class Argument:
+    """A bundle or a bare model that was named on the command line."""
+
+    def __init__(self, path: Path, scratch: Path) -> None:
+        """Read it, unpacking it into ``scratch`` if need be; raise `CannotServe`."""
+        self._path = path
+        self._scratch = scratch
+        self.servable = from_argument(path, self._folder())
+
+    def read_again(self) -> Servable:
+        """Return what is there now; raise `CannotServe`."""
+        folder = self._folder()
+        found = from_argument(self._path, folder)
+        if found.digest == self.servable.digest:
+            shutil.rmtree(folder)  # nothing new was unpacked
+        else:
+            self.servable = found
+        return self.servable
+
+    def _folder(self) -> Path:
+        return Path(mkdtemp(dir=self._scratch))
 
 
 def greeting(engine: Engine, addresses: Sequence[str]) -> str:

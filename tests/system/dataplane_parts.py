@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from agent.adapters.data_plane import DataPlaneProcesses, ListeningSockets
-from agent.channel import Refused, Serving, StatisticsDelta, Withdrawn
+from agent.channel import STABLE, Refused, Serving, StatisticsDelta, Withdrawn
 from agent.ports import DataPlaneExit, StoredModel
 from agent.supervisor import Event, Supervisor
 from protocol.bundle import write_bundle
@@ -89,12 +89,13 @@ class UnixClient(http.client.HTTPConnection):
 class Control:
     """The control side with a real supervisor: remembers what it heard."""
 
-    def __init__(self, folder: Path, **supervisor: object) -> None:
+    def __init__(self, folder: Path, options: Sequence[str] = (), **supervisor: object) -> None:
         self.unix = folder / "inference.sock"
         self.sockets = ListeningSockets.open(unix=self.unix, tcp=("127.0.0.1", 0))
         self.heard: list[Event] = []
+        self.on_event: Callable[[Event], None] = lambda _: None
         self._changed = threading.Condition()
-        self.supervisor = Supervisor(DataPlaneProcesses(self.sockets), self._hear, **supervisor)
+        self.supervisor = Supervisor(DataPlaneProcesses(self.sockets, options=options), self._hear, **supervisor)
         self._tickets = iter(range(1, 1_000_000))
 
     @property
@@ -105,6 +106,7 @@ class Control:
         with self._changed:
             self.heard.append(event)
             self._changed.notify_all()
+        self.on_event(event)
 
     def wait_for(self, wanted: Callable[[Event], bool], since: int = 0) -> Event:
         def find() -> Event | None:
@@ -120,16 +122,16 @@ class Control:
         assert isinstance(ended, DataPlaneExit)
         return ended
 
-    def serve(self, model: StoredModel) -> Serving | Refused:
+    def serve(self, model: StoredModel, alias: str = STABLE) -> Serving | Refused:
         ticket = next(self._tickets)
-        self.supervisor.serve(ticket, model)
+        self.supervisor.serve(ticket, model, alias)
         answer = self.wait_for(lambda event: getattr(event, "ticket", None) == ticket)
         assert isinstance(answer, Serving | Refused)
         return answer
 
-    def withdraw(self, name: str) -> Withdrawn:
+    def withdraw(self, name: str, alias: str = "") -> Withdrawn:
         ticket = next(self._tickets)
-        self.supervisor.withdraw(ticket, name)
+        self.supervisor.withdraw(ticket, name, alias)
         answer = self.wait_for(lambda event: getattr(event, "ticket", None) == ticket)
         assert isinstance(answer, Withdrawn)
         return answer
@@ -143,8 +145,8 @@ class Control:
 
 
 @contextmanager
-def control_side(folder: Path, **supervisor: object) -> Iterator[Control]:
-    control = Control(folder, **supervisor)
+def control_side(folder: Path, options: Sequence[str] = (), **supervisor: object) -> Iterator[Control]:
+    control = Control(folder, options, **supervisor)
     control.supervisor.start()
     try:
         yield control

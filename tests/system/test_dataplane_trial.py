@@ -12,6 +12,7 @@ from dataplane_parts import manifest_of, members, write_ewb
 
 from agent.adapters.trial import TrialChild
 from agent.channel import TrialVerdict
+from agent.core.rungs import choose
 from agent.ports import Target
 from protocol.manifest import Manifest
 from protocol.release import Assignment, Release, release_of
@@ -190,3 +191,12 @@ def test_whatever_becomes_of_the_child_is_a_failed_verdict(tmp_path: Path, scrip
     child.chmod(0o755)
     verdict = run(tmp_path, tmp_path / "any", release_of(manifest_of("v2", 2)), python=str(child), wall_seconds=1)
     assert verdict == TrialVerdict(passed=False, reason=RejectReason.SELFTEST_FAILED.value, detail=said)
+
+
+def test_a_trial_measures_when_asked_and_the_limits_hold_for_its_children_too(tmp_path: Path) -> None:
+    manifest = manifest_of("v2", 2)
+    verdict = run(tmp_path, bundle(tmp_path, manifest, members("v2")), release_of(manifest), ladder_seconds=30.0)
+    assert verdict.passed, verdict.detail
+    assert {rung.runtime for rung in verdict.ladder} == set(RuntimeName)
+    assert [rung.error for rung in verdict.ladder if rung.threads == 1] == ["", ""]
+    assert choose(verdict.ladder) is not None

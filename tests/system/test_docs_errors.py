@@ -49,7 +49,7 @@ INFERENCE = {
     "no such model": Wrong(404, "GET", "/v2/models/cats"),
     "wrong method": Wrong(405, "DELETE", "/v2"),
     "too large": Wrong(413, "POST", INFER, b"0" * 200_000),
-    "compressed": Wrong(415, "POST", INFER, b"0", {"Content-Encoding": "gzip"}),
+    "compressed": Wrong(415, "POST", INFER, b"0", {"Content-Encoding": "br"}),
     "long head": Wrong(431, "GET", "/v2", b"", {"X-Long": "a" * 20_000}),
     "not offered": Wrong(501, "GET", "/v2/systemsharedmemory/status"),
 }

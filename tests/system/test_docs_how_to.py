@@ -8,7 +8,17 @@ from docs_shell import DOCS, empty_home, processes_naming, type_page
 HOW_TO = DOCS / "how-to"
 
 
-@pytest.mark.parametrize("name", ["ask-a-model.md", "serve-without-a-fleet.md", "publish-a-model.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ask-a-model.md",
+        "serve-without-a-fleet.md",
+        "publish-a-model.md",
+        "pipelines.md",
+        "capture.md",
+        "call-from-python.md",
+    ],
+)
 def test_every_command_of_the_page_works_and_says_what_is_shown(name: str) -> None:
     with empty_home() as home:
         said = type_page(HOW_TO / name, home, [8000])

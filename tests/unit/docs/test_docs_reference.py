@@ -11,12 +11,19 @@ import msgspec
 import pytest
 
 from agent.config import AgentSettings
+from agent.core.pipelines import PipelineSettings, Preprocess, Sink, Source
 from fleet_server.config import BadConfig, ServerConfig, Settings, settle
 
 REFERENCE = Path(__file__).parents[3] / "docs" / "reference"
 ROW = re.compile(r"^\| `(\w+)` \| (.*) \|$", re.MULTILINE)
 AGENT, SERVER = (REFERENCE / "settings.md").read_text().split("## server.toml")
-TABLES = {field.encode_name: field.type for field in msgspec.structs.fields(AgentSettings)}
+FIELDS = {field.encode_name: field.type for field in msgspec.structs.fields(AgentSettings)}
+TABLES = {name: type_ for name, type_ in FIELDS.items() if isinstance(type_, type)}
+PARTS = {
+    f"{place} of kind {part.__struct_config__.tag}": part
+    for place, kinds in (("pipeline.source", Source), ("pipeline.preprocess", Preprocess), ("pipeline.sink", Sink))
+    for part in kinds.__args__
+}
 NOT_SAID = {"data": "required", "database": "SQLite in `data`", "console_certificate": "none", "console_key": "none"}
 
 
@@ -34,8 +41,8 @@ def table(name: str) -> dict[str, list[str]]:
 def bounds_of(annotation: object) -> str:
     """Return how the page writes the bounds of a field."""
     info = msgspec.inspect.type_info(annotation)
-    if isinstance(info, msgspec.inspect.IntType):
-        return f"{info.ge}…{info.le}"
+    if isinstance(info, msgspec.inspect.IntType | msgspec.inspect.FloatType):
+        return f"{info.ge:g}…{info.le:g}" if isinstance(info, msgspec.inspect.FloatType) else f"{info.ge}…{info.le}"
     if isinstance(info, msgspec.inspect.LiteralType):
         return ", ".join(f"`{value}`" for value in sorted(info.values))
     return ""
@@ -62,6 +69,29 @@ def test_bounds_of_a_table_are_those_of_the_struct(name: str) -> None:
 @pytest.mark.parametrize("name", TABLES)
 def test_every_key_of_a_table_has_a_meaning(name: str) -> None:
     assert [] == [key for key, cells in table(name).items() if not cells[2]]
+
+
+# ---------------------------------------------------------------- pipelines
+def default_of(field: msgspec.structs.FieldInfo) -> str:
+    """Return how the page writes a default."""
+    if field.default is msgspec.NODEFAULT:
+        return "required"
+    return "`raw`" if isinstance(field.default, msgspec.Struct) else f"`{json.dumps(field.default)}`"
+
+
+def test_every_part_of_a_pipeline_has_its_table() -> None:
+    assert list(PARTS) == re.findall(r"^#### (.*)$", AGENT, re.MULTILINE)
+
+
+@pytest.mark.parametrize("heading", ["### Pipelines", *(f"#### {name}" for name in PARTS)])
+def test_keys_defaults_and_bounds_of_a_pipeline_are_those_of_the_structs(heading: str) -> None:
+    struct = PARTS.get(heading.removeprefix("#### "), PipelineSettings)
+    known = {
+        field.encode_name: [default_of(field), bounds_of(field.type)] for field in msgspec.structs.fields(struct)
+    }
+    text = AGENT.partition(f"{heading}\n")[2].partition("\n###")[0]
+    assert known == {key: cells[:2] for key, cells in rows(text).items()}
+    assert [] == [key for key, cells in rows(text).items() if not cells[2]]
 
 
 # ---------------------------------------------------------------- server.toml

@@ -26,12 +26,12 @@ class Blocked:
     """Holds every interpreter of a generation, so that requests wait."""
 
     def __init__(self, generation: Generation) -> None:
-        self._idle = generation._idle
-        self._held = [self._idle.get() for _ in range(generation.interpreters)]
+        self._pool = generation.pool
+        self._held = [self._pool.lease() for _ in range(generation.interpreters)]
 
     def release(self) -> None:
         for model in self._held:
-            self._idle.put(model)
+            self._pool.give_back(model)
 
 
 def test_a_served_model_answers_and_counts(serving: Engine) -> None:
@@ -70,7 +70,7 @@ def test_a_swap_lets_the_old_one_finish_what_it_took(serving: Engine, tmp_path: 
     blocked, answers = Blocked(old), []
     waiting = threading.Thread(target=lambda: answers.append(old.run("r1", (IMAGE,))))
     waiting.start()
-    while not old.waiting:
+    while old.waiting < 2:
         pass
     swap = threading.Thread(target=serving.serve, args=(servable(tmp_path, "v2", 2),))
     swap.start()
@@ -109,16 +109,16 @@ def test_a_withdrawn_model_is_unknown_and_withdrawing_twice_is_fine(serving: Eng
 
 
 def test_a_full_queue_turns_requests_away_and_counts_them(tmp_path: Path) -> None:
-    one = engine(queue_limit=2)
+    one = engine(queue_limit=3)
     one.serve(servable(tmp_path, "v1", 1))
     found = one.find("digits")
     blocked = Blocked(found)
     threads = [threading.Thread(target=found.run, args=(f"r{k}", (IMAGE,))) for k in range(2)]
     for thread in threads:
         thread.start()
-    while found.waiting < 2:
+    while found.waiting < 3:
         pass
-    with pytest.raises(QueueFull, match="2 requests are waiting") as full:
+    with pytest.raises(QueueFull, match="3 requests are waiting") as full:
         found.run("r3", (IMAGE,))
     assert full.value.retry_after == 1
     blocked.release()

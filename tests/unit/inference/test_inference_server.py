@@ -186,19 +186,19 @@ def test_a_draining_server_is_not_ready(tmp_path: Path, serving: Engine) -> None
 
 
 def test_a_full_queue_is_503_with_retry_after(tmp_path: Path) -> None:
-    crowded = engine(queue_limit=1)
+    crowded = engine(queue_limit=2)
     crowded.serve(servable(tmp_path, "v1", 1))
     found = crowded.find("digits")
-    held = found._idle.get()
+    held = found.pool.lease()
     with running(tmp_path, crowded, Limits()) as one, one.connect() as first, one.connect() as second:
         first.sendall(INFER)
-        while not found.waiting:
+        while found.waiting < 2:
             pass
         second.sendall(INFER)
         status, head, body = read(second)
         assert (status, "Retry-After: 1" in head) == (503, True)
-        assert json.loads(body)["error"] == "digits 1: 1 requests are waiting already"
-        found._idle.put(held)
+        assert json.loads(body)["error"] == "digits 1: 2 requests are waiting already"
+        found.pool.give_back(held)
         assert read(first)[0] == 200
     crowded.close()
 

@@ -59,9 +59,9 @@ def test_blobs_follow_the_order_of_the_request_not_of_the_model() -> None:
         ),
         pytest.param({"outputs": [{"name": "z"}]}, BadTensor, "unknown output 'z'; pair gives y, n", id="output"),
         pytest.param(
-            {"outputs": [{"name": "y", "parameters": {"classification": 3}}]},
-            NotARequest,
-            "not offered",
+            {"outputs": [{"name": "y", "parameters": {"classification": 0}}]},
+            BadTensor,
+            "above 0",
             id="classes",
         ),
         pytest.param({"id": "i" * 129}, NotARequest, "at most 128", id="long-id"),

@@ -200,8 +200,8 @@ def test_after_a_death_what_served_is_served_again_before_clients_and_new_orders
     world.supervisor.serve(4, world.model("v2", 13))  # refused: not among what served
     world.wait_for(Refused, ticket=4)
     world.planes[0].die(-9)
+    world.wait_for(DataPlaneExit, pid=100, returncode=-9, planned=False)  # an order before this could die with it
     world.supervisor.serve(5, world.model("v1", 3))
-    world.wait_for(DataPlaneExit, pid=100, returncode=-9, planned=False)
     world.wait_for(Serving, ticket=5)
     assert world.served(1) == [(0, "digits", 2), (0, "faces", 5), (5, "digits", 3)]
     kinds = [type(order) for order in world.planes[1].orders]

@@ -1,6 +1,5 @@
 """The loaded model, on both runtimes, with the models of examples/digits."""
 
-import importlib.metadata
 import importlib.util
 import signal
 import subprocess
@@ -189,7 +188,7 @@ def test_without_a_runtime_the_message_says_what_to_install(monkeypatch: pytest.
 
 
 def test_tflite_runtime_is_not_usable_with_numpy_2(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.1.0")
+    monkeypatch.setattr(np, "__version__", "2.1.0")
     assert available() == (RuntimeName.LITERT,)
 
 
