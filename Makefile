@@ -5,7 +5,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: help setup check format test test-unit test-system demo bench clean
+.PHONY: help setup check format test test-unit test-system demo bench fuzz clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -39,8 +39,13 @@ demo: ## the main story on real parts; ONCE=1 checks it and exits
 	@bash scripts/setup.sh demo
 	$(PY) -m demo $(if $(ONCE),--once,)
 
-bench: setup ## every question in benchmarks/, side by side
-	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
+bench: setup ## every question in benchmarks/, side by side (benchmarks/models.py first); QUICK=1 for a short look
+	@for question in inference_overhead inference_parallel swap restart footprint; do \
+	    echo "== $$question"; $(PY) benchmarks/$$question.py $(if $(QUICK),--quick,) || exit 1; done
+
+fuzz: setup ## every reader of a stranger's bytes, guided by coverage; SECONDS_EACH=60, TARGETS="head tensors"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r tests/fuzz/requirements.txt
+	$(PY) tests/fuzz/fuzz_atheris.py --seconds $(or $(SECONDS_EACH),60) $(TARGETS)
 
 clean: ## remove everything the targets above made
 	rm -rf $(VENV) .demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
