@@ -18,15 +18,15 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import msgspec  # noqa: E402 - the project is found only from here on
-import numpy as np  # noqa: E402
+import msgspec
+import numpy as np
 
-from agent.adapters.data_plane import CHILD_ENVIRONMENT, DataPlaneProcesses, ListeningSockets  # noqa: E402
-from agent.channel import Serving  # noqa: E402
-from agent.client import Client  # noqa: E402
-from agent.ports import StoredModel  # noqa: E402
-from agent.supervisor import Event, Supervisor  # noqa: E402
-from protocol.manifest import MANIFEST_NAME, decode_manifest, encode_manifest  # noqa: E402
+from agent.adapters.data_plane import CHILD_ENVIRONMENT, DataPlaneProcesses, ListeningSockets
+from agent.channel import Serving
+from agent.client import Client
+from agent.ports import StoredModel
+from agent.supervisor import Event, Supervisor
+from protocol.manifest import MANIFEST_NAME, decode_manifest, encode_manifest
 
 DIGITS = ROOT / "examples" / "digits" / "v1"
 MOBILENET = ROOT / "build" / "benchmarks" / "mobilenet_v2_int8.tflite"

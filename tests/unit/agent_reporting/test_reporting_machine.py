@@ -134,7 +134,7 @@ def test_a_missing_sensor_is_absent_and_said_once(
         resources.disk_free,
         resources.temperature,
     )
-    assert ["network", "cpu", "disk"] == [str(record.args[0]) for record in caplog.records if record.args]  # type: ignore[index]
+    assert ["network", "cpu", "disk"] == [str(record.args[0]) for record in caplog.records if record.args]
 
 
 def test_the_hottest_plausible_sensor_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +209,7 @@ class _SetClock(datetime):
     offset = timedelta(0)
 
     @classmethod
-    def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
+    def now(cls, tz: object = None) -> datetime:
         return datetime.now(tz=timezone.utc) + cls.offset
 
 

@@ -267,7 +267,7 @@ class FullDisk(MemorySpool):
     def append(self, stream: str, make: object) -> int:
         if self.full:
             raise Trouble("the disk is full")
-        return super().append(stream, make)  # type: ignore[arg-type]
+        return super().append(stream, make)
 
 
 def test_a_full_disk_loses_only_the_oldest_of_many_and_stops_nobody() -> None:

@@ -38,7 +38,7 @@ def make_spool(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]
 
 
 def fill(spool: Spool, *payloads: bytes, stream: str = TELEMETRY) -> list[int]:
-    return [spool.append(stream, lambda _, payload=payload: payload) for payload in payloads]  # type: ignore[misc]
+    return [spool.append(stream, lambda _, payload=payload: payload) for payload in payloads]
 
 
 def publish_all(spool: Spool, stream: str = TELEMETRY) -> list[int]:

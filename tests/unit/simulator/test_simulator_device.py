@@ -188,15 +188,15 @@ def test_the_same_seed_is_the_same_traffic() -> None:
 def test_traffic_is_as_good_and_as_fast_as_it_was_told_to_be(share: float) -> None:
     behaviour = Behaviour(accuracy=share, latency_us=5000, errors=0.1, confidence=0.8)
     model, truth = served("a", behaviour, Load(requests_per_second=20.5, labelled=1.0))
-    assert model.requests == 6150  # type: ignore[attr-defined]
-    assert model.errors == pytest.approx(615, rel=0.15)  # type: ignore[attr-defined]
-    assert model.latency.count == model.requests - model.errors == sum(model.classes)  # type: ignore[attr-defined]
-    assert model.latency.quantile(0.5) == pytest.approx(5000, rel=0.1)  # type: ignore[attr-defined]
-    right = accuracy(cell for t in truth for cell in t.confusion)  # type: ignore[attr-defined]
-    assert right.n == model.latency.count  # type: ignore[attr-defined]
+    assert model.requests == 6150
+    assert model.errors == pytest.approx(615, rel=0.15)
+    assert model.latency.count == model.requests - model.errors == sum(model.classes)
+    assert model.latency.quantile(0.5) == pytest.approx(5000, rel=0.1)
+    right = accuracy(cell for t in truth for cell in t.confusion)
+    assert right.n == model.latency.count
     assert right.value == pytest.approx(share, abs=0.03)
 
 
 def test_truth_belongs_to_its_minute() -> None:
     _, truth = served("a", Behaviour(), Load(requests_per_second=5, labelled=1.0), 180)
-    assert [NOON, NOON + 60_000, NOON + 120_000] == [t.minute for t in truth]  # type: ignore[attr-defined]
+    assert [NOON, NOON + 60_000, NOON + 120_000] == [t.minute for t in truth]

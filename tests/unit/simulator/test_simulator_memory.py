@@ -123,4 +123,4 @@ def test_examples_pass_their_own_checks() -> None:
 
 def test_a_folder_without_identities_is_trouble(tmp_path: object) -> None:
     with pytest.raises(Trouble, match="0 enrolled identities"):
-        identities_in(tmp_path)  # type: ignore[arg-type]
+        identities_in(tmp_path)
