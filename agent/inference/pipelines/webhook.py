@@ -77,7 +77,9 @@ class WebhookDelivery:
             )
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             self.close()
-            raise SinkFailed(f"{self._settings.url}: {self._late if deadline.passed else error}") from error
+            # Two clocks limit an attempt, ours and urllib3's; whichever is first, it is the same news.
+            late = deadline.passed or isinstance(error, urllib3.exceptions.ReadTimeoutError)
+            raise SinkFailed(f"{self._settings.url}: {self._late if late else error}") from error
         try:
             if deadline.passed:  # a head that was cut off looks like one that is complete
                 raise SinkFailed(f"{self._settings.url}: {self._late}")
