@@ -5,7 +5,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: help setup check format test test-unit test-system demo bench fuzz clean
+.PHONY: help setup check format test test-unit test-system demo bench fuzz conformance clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -40,12 +40,17 @@ demo: ## the main story on real parts; ONCE=1 checks it and exits
 	$(PY) -m demo $(if $(ONCE),--once,)
 
 bench: setup ## every question in benchmarks/, side by side (benchmarks/models.py first); QUICK=1 for a short look
-	@for question in inference_overhead inference_parallel swap restart footprint; do \
+	@for question in inference_overhead inference_parallel swap restart footprint delta batching; do \
 	    echo "== $$question"; $(PY) benchmarks/$$question.py $(if $(QUICK),--quick,) || exit 1; done
 
 fuzz: setup ## every reader of a stranger's bytes, guided by coverage; SECONDS_EACH=60, TARGETS="head tensors"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r tests/fuzz/requirements.txt
 	$(PY) tests/fuzz/fuzz_atheris.py --seconds $(or $(SECONDS_EACH),60) $(TARGETS)
+
+conformance: setup ## the public TUF conformance suite on the agent's update client; SUITE=its checkout (needs faketime)
+	@test -d "$(SUITE)/tuf_conformance" || { echo "SUITE=<a checkout of theupdateframework/tuf-conformance>"; exit 2; }
+	cd "$(SUITE)" && PATH="$(abspath $(VENV))/bin:$$PATH" PYTHONPATH=. $(abspath $(PY)) -m pytest -q -c pyproject.toml -W default \
+	    -p no:cacheprovider tuf_conformance --entrypoint $(CURDIR)/tests/conformance/tuf_client
 
 clean: ## remove everything the targets above made
 	rm -rf $(VENV) .demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info

@@ -1,7 +1,7 @@
 """``edgewarden-agent``: enrol this device, run the agent, or serve models without a fleet.
 
-Reads the command line and hands over; argparse keeps the control process small. Exit codes: 0 done, 1 a failure
-that a person must see to, 2 wrong usage or settings.
+Reads the command line and hands over; argparse keeps the control process small. ``serve`` and ``bench`` are the data
+plane's own commands.
 """
 
 import argparse
@@ -10,15 +10,13 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from agent.config import DEFAULT_CONFIG, read_settings
+from agent.local_cli import add_commands
 from protocol import __version__
 from protocol.settings import BadSettings
 
-if TYPE_CHECKING:
-    from agent.config import AgentSettings
-
-DEFAULT_CONFIG = "/etc/edgewarden/agent.toml"
+EXIT_CODES = "Exit codes: 0 done, 1 a failure that a person must see to, 2 wrong usage or settings."
 MAX_TOKEN = 4096  # bytes
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
@@ -26,7 +24,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] in (["serve"], ["bench"]):
+    if _is_for_data_plane(arguments):
         return _serve(arguments)
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=options.log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
@@ -41,12 +39,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="edgewarden-agent", description="The Edgewarden agent of one edge device.")
-    parser.add_argument("--version", action="version", version=f"edgewarden-agent {__version__}")
-    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    parser = argparse.ArgumentParser(
+        prog="edgewarden-agent", description="The Edgewarden agent of one edge device.", epilog=EXIT_CODES
+    )
+    version = f"edgewarden-agent {__version__}"
+    parser.add_argument("--version", action="version", version=version, help="show the version")
+    levels = ["debug", "info", "warning", "error"]
+    parser.add_argument("--log-level", default="info", choices=levels, help="how much is said on stderr")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    enroll = commands.add_parser("enroll", help="make this device a member of a fleet")
+    joins = "make this device a member of a fleet"
+    enroll = commands.add_parser("enroll", description=joins, help=joins, epilog=EXIT_CODES)
     enroll.add_argument("--server", required=True, metavar="URL", help="device port of the server, https://host:8443")
     enroll.add_argument(
         "--token-file", metavar="FILE", help="enrolment token; - is standard input (default: $EW_TOKEN)"
@@ -56,22 +59,24 @@ def _parser() -> argparse.ArgumentParser:
     enroll.add_argument("--force", action="store_true", help="replace the certificate of an enrolled device")
     enroll.set_defaults(run=_enroll)
 
-    run = commands.add_parser("run", help="run the agent (the systemd service does this)")
+    runs = "run the agent (the systemd service does this)"
+    run = commands.add_parser("run", description=runs, help=runs, epilog=EXIT_CODES)
     run.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="agent.toml (default: %(default)s)")
     run.set_defaults(run=_run)
 
+    add_commands(commands)
     commands.add_parser("bench", help="measure a model on every runtime and number of threads here", add_help=False)
     commands.add_parser("serve", help="serve bundles or .tflite files without a fleet", add_help=False)
     return parser
 
 
 def _enroll(options: argparse.Namespace) -> int:
-    from agent.adapters.download import HttpsEnrolment
+    from agent.adapters.device_api import HttpsEnrolment
     from agent.adapters.identity import IdentityFolder
     from agent.enrolment import enrol
     from agent.ports import AgentError, Weather
 
-    settings = _settings(options.config)
+    settings = read_settings(options.config)
     device = options.device or platform.node().split(".")[0].lower()
     folder = Path(settings.device.state) / "identity"
     try:
@@ -91,7 +96,7 @@ def _run(options: argparse.Namespace) -> int:
     from agent.listening import CannotListen
     from agent.ports import AgentError
 
-    settings = _settings(options.config)
+    settings = read_settings(options.config)
     try:
         Daemon(settings).run()
     except (AgentError, CannotListen, OSError) as error:
@@ -99,17 +104,15 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _is_for_data_plane(arguments: list[str]) -> bool:
+    """Tell whether the command is one of the data plane's; only the log level may stand before it."""
+    before = 2 if arguments[:1] == ["--log-level"] else int("".join(arguments[:1]).startswith("--log-level="))
+    return arguments[before : before + 1] in (["serve"], ["bench"])
+
+
 def _serve(arguments: list[str]) -> int:
     """Become the data plane alone: the control process never imports it."""
     os.execv(sys.executable, [sys.executable, "-m", "agent.inference", *arguments])  # noqa: S606 - no shell is wanted
-
-
-def _settings(path: str) -> "AgentSettings":
-    from agent.config import AgentSettings, load_settings
-
-    if path == DEFAULT_CONFIG and not Path(path).exists():
-        return AgentSettings()
-    return load_settings(Path(path))
 
 
 def _token(file: str | None) -> str:

@@ -15,6 +15,8 @@ from typing import TypeVar
 import msgspec
 
 from agent.core.capturing import CapturePolicy
+from agent.core.delegates import Delegate
+from agent.core.governor import Level, Measures
 from agent.core.pipelines import PipelineSettings
 from agent.core.rungs import Rung
 from agent.core.shadowing import ShadowCounts
@@ -40,6 +42,7 @@ class Serve(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     folder: str  # extracted bundle
     runtime: str = ""  # measured to be the fastest here; empty: as set
     threads: int = 0  # of one interpreter; 0: as set
+    delegate: str = ""  # of those configured; was measured in a child before
     alias: str = STABLE  # the candidate is answered by its version or alias only
 
 
@@ -56,7 +59,18 @@ class Configure(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     pipelines: tuple[PipelineSettings, ...] = ()
     capture: CapturePolicy = CapturePolicy()
+    delegates: tuple[Delegate, ...] = ()
     state: str = ""  # the agent's state folder: samples, their key, locks
+
+
+class Prepare(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Order: import what these runtimes and settings need, then wait to be needed. Comes before any other, or never.
+
+    Nothing is configured, loaded or opened by it; it is not answered. May come again when more is needed.
+    """
+
+    runtimes: tuple[RuntimeName, ...] = ()
+    configuration: Configure = Configure()
 
 
 class Shadow(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -73,6 +87,20 @@ class EndShadow(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     ticket: int
     model: str
+
+
+class SelfTest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Order: run the golden samples of what is stable on the interpreters that serve, last in line."""
+
+    ticket: int
+    model: str
+
+
+class Govern(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Order: how hard to work from now on, also for what is loaded later. The last one stands; it is not answered."""
+
+    level: Level
+    measures: Measures
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -101,6 +129,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     took_us: int  # load + warm + flip
     alias: str = STABLE
     stop_start: bool = False  # memory did not allow both: the old one was dropped before this one was loaded
+    without_delegate: str = ""  # why it serves without the one that was ordered
 
 
 class Withdrawn(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -152,6 +181,16 @@ class ShadowDelta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     counts: ShadowCounts
 
 
+class SelfTested(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Answer to `SelfTest`."""
+
+    ticket: int
+    model: str
+    passed: bool | None  # None: they could not be run now
+    detail: str
+    digest: str = ""  # sha256 hex of what was tested
+
+
 class StatisticsDelta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What happened since the last delta. A delta that was sent is never sent again."""
 
@@ -160,8 +199,19 @@ class StatisticsDelta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     unknown_truth: int = 0  # feedback for predictions no longer remembered
 
 
-Order = Configure | Serve | Withdraw | Shadow | EndShadow | Open | Drain
-Answer = Ready | Serving | Withdrawn | Refused | Shadowing | ShadowEnded | ShadowDelta | Hung | StatisticsDelta
+Order = Prepare | Configure | Govern | Serve | Withdraw | Shadow | EndShadow | SelfTest | Open | Drain
+Answer = (
+    Ready
+    | Serving
+    | Withdrawn
+    | Refused
+    | Shadowing
+    | ShadowEnded
+    | ShadowDelta
+    | SelfTested
+    | Hung
+    | StatisticsDelta
+)
 
 
 class TrialRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,6 +228,7 @@ class TrialRequest(msgspec.Struct, frozen=True, kw_only=True):
     version: int = 0
     variant: str = ""
     ladder_seconds: float = 0.0  # for measuring runtimes and threads after passing; 0: nothing is measured
+    delegates: tuple[Delegate, ...] = ()  # to be measured too
 
 
 class TrialVerdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,6 +243,26 @@ class TrialVerdict(msgspec.Struct, frozen=True, kw_only=True):
     golden: int = 0  # golden samples that agreed
     ladder: tuple[Rung, ...] = ()  # what was measured, when that was asked for
     network: str = ""  # how the network was taken away: unshare, seccomp
+
+
+class RebuildRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Which delta to apply: standard input of ``python -m agent.inference.rebuild``."""
+
+    method: str
+    base: str  # digest of the bundle it starts from
+    folder: str  # where that bundle lies, extracted; empty: it starts from nothing
+    delta: str  # path
+    made: str  # path of the bundle to write
+    length: int  # of that bundle; more is never written
+    memory_bytes: int  # data segment allowed beyond what the decoders' code takes (RLIMIT_DATA)
+    cpu_seconds: int
+
+
+class RebuildVerdict(msgspec.Struct, frozen=True, kw_only=True):
+    """How it went: one line of standard output. Whether it is the right bundle is for others to see."""
+
+    trouble: str = ""  # empty: made
+    peak_memory: int = 0  # bytes more than before the delta was read
 
 
 class ChannelClosed(ConnectionError):
@@ -256,7 +327,18 @@ class Channel:
         return bytes(data)
 
 
-_orders = msgspec.json.Decoder(Configure | Serve | Withdraw | Shadow | EndShadow | Open | Drain)
+_orders = msgspec.json.Decoder(
+    Prepare | Configure | Govern | Serve | Withdraw | Shadow | EndShadow | SelfTest | Open | Drain
+)
 _answers = msgspec.json.Decoder(
-    Ready | Serving | Withdrawn | Refused | Shadowing | ShadowEnded | ShadowDelta | Hung | StatisticsDelta
+    Ready
+    | Serving
+    | Withdrawn
+    | Refused
+    | Shadowing
+    | ShadowEnded
+    | ShadowDelta
+    | SelfTested
+    | Hung
+    | StatisticsDelta
 )

@@ -85,6 +85,18 @@ class Tensor(msgspec.Struct, frozen=True):
     name: str
     datatype: str  # INT8, FP32, …
     shape: tuple[int, ...]
+    scale: float | None = None  # real = (q - zero_point) * scale; None: the numbers are what they are
+    zero_point: int | None = None
+
+
+class _Parameter(msgspec.Struct, frozen=True):
+    string_value: str = ""
+
+
+class _Config(msgspec.Struct, frozen=True):
+    """What is used of a model's configuration."""
+
+    parameters: dict[str, _Parameter] = {}
 
 
 class Metadata(msgspec.Struct, frozen=True):
@@ -136,15 +148,22 @@ class Client:
         *,
         request_id: str = "",
         version: int | None = None,
+        priority: int = 0,
+        timeout_us: int = 0,
     ) -> Result:
         """Ask a model. ``inputs``: one array, or arrays by input name; without an id the server makes one up.
 
-        With ``version`` the answer comes from that version or not at all.
+        With ``version`` the answer comes from that version or not at all. ``priority``: 1 (first) to 10; 0 is the
+        usual one. With ``timeout_us`` it comes within so many µs, or `InferenceRefused` with status 503.
         """
         arrays = {self._only_input(model): inputs} if isinstance(inputs, np.ndarray) else inputs
         blobs = [np.ascontiguousarray(array).data for array in arrays.values()]
-        key = (model, version, *arrays, *[(array.dtype, array.shape) for array in arrays.values()])
-        prepared = self._prepared.get(key) or self._prepare(key, model, version, arrays)
+        tensors = [(array.dtype, array.shape) for array in arrays.values()]
+        key = (model, version, priority, timeout_us, *arrays, *tensors)
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            path = f"{_path(model, version)}/infer"
+            prepared = self._prepare(key, path, arrays, {"priority": priority, "timeout": timeout_us})
         try:
             response = self._ask(prepared.up_to_blobs(request_id), blobs, prepared.blobs_size)
         except InferenceRefused:
@@ -158,10 +177,15 @@ class Client:
         self._ask(_head(b"POST", f"{_path(model)}/feedback", self._host, len(body)) + body)
 
     def metadata(self, model: str, version: int | None = None) -> Metadata:
-        """Return which tensors a model takes and gives."""
-        response = self._ask(_head(b"GET", _path(model, version), self._host))
-        found: Metadata = _decode(response.body, _metadata)
-        return found
+        """Return which tensors a model takes and gives, and how they are quantised."""
+        found = self._metadata(model, version)
+        path = f"{_path(model, int(found.versions[0]))}/config"
+        config: _Config = _decode(self._ask(_head(b"GET", path, self._host)).body, _config)
+        return msgspec.structs.replace(
+            found,
+            inputs=tuple(_quantised(tensor, "input", config) for tensor in found.inputs),
+            outputs=tuple(_quantised(tensor, "output", config) for tensor in found.outputs),
+        )
 
     def ready(self, model: str = "") -> bool:
         """Say whether the server, or one of its models, takes requests now. Nobody there is a no."""
@@ -187,10 +211,14 @@ class Client:
         self.close()
 
     # ------------------------------------------------------------ preparing
+    def _metadata(self, model: str, version: int | None = None) -> Metadata:
+        found: Metadata = _decode(self._ask(_head(b"GET", _path(model, version), self._host)).body, _metadata)
+        return found
+
     def _only_input(self, model: str) -> str:
         name = self._only_inputs.get(model)
         if name is None:
-            inputs = self.metadata(model).inputs
+            inputs = self._metadata(model).inputs
             if len(inputs) != 1:
                 names = ", ".join(tensor.name for tensor in inputs)
                 raise ValueError(f"{model} takes {names}: give a mapping of arrays by these names")
@@ -198,11 +226,11 @@ class Client:
         return name
 
     def _prepare(
-        self, key: tuple[Any, ...], model: str, version: int | None, arrays: Mapping[str, Array]
+        self, key: tuple[Any, ...], path: str, arrays: Mapping[str, Array], parameters: Mapping[str, int]
     ) -> "_Prepared":
         if len(self._prepared) >= MAX_PREPARED:
             self._prepared.clear()
-        prepared = self._prepared[key] = _Prepared(f"{_path(model, version)}/infer", self._host, arrays)
+        prepared = self._prepared[key] = _Prepared(path, self._host, arrays, parameters)
         return prepared
 
     def _forget(self) -> None:
@@ -286,11 +314,13 @@ class Client:
 class _Prepared:
     """A request with tensors of one kind, ready but for its id and its blobs."""
 
-    def __init__(self, path: str, host: bytes, arrays: Mapping[str, Array]) -> None:
+    def __init__(self, path: str, host: bytes, arrays: Mapping[str, Array], parameters: Mapping[str, int]) -> None:
         self.blobs_size = sum(array.nbytes for array in arrays.values())
         self._path, self._host = path, host
         inputs = [_described(name, array) for name, array in arrays.items()]
-        self._json = json.dumps({"parameters": {"binary_data_output": True}, "inputs": inputs}, separators=(",", ":"))
+        wanted = {name: value for name, value in parameters.items() if value}  # 0: what is usual
+        asked = {"parameters": {"binary_data_output": True, **wanted}, "inputs": inputs}
+        self._json = json.dumps(asked, separators=(",", ":"))
         self._without_id = self._request(self._json.encode())
 
     def up_to_blobs(self, request_id: str) -> bytes:
@@ -393,6 +423,7 @@ class _Error(msgspec.Struct, frozen=True):
 _STATUS = re.compile(rb"HTTP/1\.[01] ([0-9]{3})[ \r]")
 _FIELD = re.compile(rb"\r\n([!-9;-~]+):[ \t]*([^\r\n]*)")
 _metadata = msgspec.json.Decoder(Metadata)
+_config = msgspec.json.Decoder(_Config)
 _answer = msgspec.json.Decoder(_Answer)
 _errors = msgspec.json.Decoder(_Error)
 
@@ -436,6 +467,19 @@ def _result(response: _Response) -> Result:
     except (KeyError, ValueError, TypeError) as error:
         raise NotAnAnswer(f"an output cannot be read: {error!r}") from error
     return Result(model=answer.model_name, model_version=answer.model_version, id=answer.id, outputs=outputs)
+
+
+def _quantised(tensor: Tensor, kind: str, config: _Config) -> Tensor:
+    """Return a tensor with what the configuration says of its numbers."""
+    prefix = f"quantization.{kind}.{tensor.name}"
+    scale, zero_point = config.parameters.get(f"{prefix}.scale"), config.parameters.get(f"{prefix}.zero_point")
+    if scale is None:
+        return tensor
+    try:
+        at = int(zero_point.string_value) if zero_point else 0
+        return msgspec.structs.replace(tensor, scale=float(scale.string_value), zero_point=at)
+    except ValueError as error:
+        raise NotAnAnswer(f"the quantisation of {tensor.name!r} is not in numbers: {error}") from error
 
 
 def _decode(data: "bytearray | memoryview", decoder: "msgspec.json.Decoder[Any]") -> Any:

@@ -7,16 +7,22 @@ desired state instead. docs/reference/settings.md is checked against this file.
 import platform
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 
 from agent.core.capturing import CapturePolicy
+from agent.core.delegates import BadDelegate, Delegate, check_delegates
+from agent.core.downloading import MIN_BANDWIDTH
+from agent.core.governor import BadPolicy, GovernorPolicy, check_policy
+from agent.core.holding import parse_hours
 from agent.core.pipelines import BadPipeline, PipelineSettings, check_pipelines
 from agent.listening import CannotListen, parse_tcp
 from protocol.settings import MAX_SETTINGS, BadSettings, decode_settings
 
 DEFAULT_STATE = "/var/lib/edgewarden-agent"
+DEFAULT_CONFIG = "/etc/edgewarden/agent.toml"
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,6 +49,8 @@ class InferenceSettings(Section, frozen=True, kw_only=True):
     queue: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 64  # requests that may wait per model
     max_body: Annotated[int, msgspec.Meta(ge=1024, le=2**30)] = 64 * 1024 * 1024  # bytes
     measure: bool = False  # a new model is measured in its trial, and runs as it is fastest here
+    delegates: tuple[Delegate, ...] = msgspec.field(default=(), name="delegate")  # any: a new model is measured
+    spare: Literal["auto", "on", "off"] = "auto"  # a data plane that waits to step in; auto: where memory is plenty
     invoke_seconds: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 10  # a model that takes longer hangs
     memory_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**40)] = 0  # of the data plane; 0: no limit
     feedback_on_tcp: bool = False  # truth is taken on the unix socket only, unless set
@@ -57,10 +65,19 @@ class TelemetrySettings(Section, frozen=True, kw_only=True):
 
 
 class UpdateSettings(Section, frozen=True, kw_only=True):
-    """``[update]``: how a new model is tried."""
+    """``[update]``: how a new model comes, and how it is tried."""
 
     probation_seconds: Annotated[int, msgspec.Meta(ge=1, le=86400)] = 60
+    hours: tuple[str, ...] = ()  # when a new version may be tried and take over, as "02:00-05:00"; empty: always
+    max_errors: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.05  # share of requests that may fail in probation
+    max_slowdown: Annotated[float, msgspec.Meta(ge=1.0, le=1000.0)] = 3.0  # of the 95th percentile, in probation
+    max_unsure: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.3  # growth of the share of unsure predictions
     trial_seconds: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 60  # wall clock of the trial child
+    bandwidth: Annotated[int, msgspec.Meta(ge=0, le=2**40)] = 0  # bytes per second of a download; 0: no limit
+    bytes_per_day: Annotated[int, msgspec.Meta(ge=0, le=2**40)] = 0  # of downloads, by the UTC day; 0: no limit
+    spread_seconds: Annotated[int, msgspec.Meta(ge=0, le=86400)] = 0  # a new download waits a random part of it first
+    mirrors: tuple[str, ...] = ()  # file servers with <sha256>.ewb, asked in order before the fleet server
+    deltas: bool = True  # take a delta where that is less
 
 
 class MqttSettings(Section, frozen=True, kw_only=True):
@@ -79,6 +96,7 @@ class AgentSettings(Section, frozen=True, kw_only=True):
     telemetry: TelemetrySettings = TelemetrySettings()
     update: UpdateSettings = UpdateSettings()
     mqtt: MqttSettings = MqttSettings()
+    governor: GovernorPolicy = GovernorPolicy()
     capture: CapturePolicy = CapturePolicy()
     pipelines: tuple[PipelineSettings, ...] = msgspec.field(default=(), name="pipeline")
 
@@ -97,6 +115,13 @@ def load_settings(path: Path) -> AgentSettings:
     return settings
 
 
+def read_settings(path: str) -> AgentSettings:
+    """Read the file named on a command line; without one at the default place, the defaults stand."""
+    if path == DEFAULT_CONFIG and not Path(path).exists():
+        return AgentSettings()
+    return load_settings(Path(path))
+
+
 def device_class(settings: DeviceSettings) -> str:
     """Return the operator's label, else the machine's architecture."""
     return settings.device_class or platform.machine()
@@ -104,6 +129,11 @@ def device_class(settings: DeviceSettings) -> str:
 
 def _check(settings: AgentSettings, file: str) -> None:
     _check_timezone(settings.device.timezone, file)
+    for span in settings.update.hours:
+        try:
+            parse_hours(span)
+        except ValueError as error:
+            raise BadSettings(file, 0, f"update.hours: {error}") from error
     inference = settings.inference
     if not inference.unix and not inference.http:
         raise BadSettings(file, 0, "inference.unix and inference.http are both empty: nobody could ask")
@@ -113,12 +143,24 @@ def _check(settings: AgentSettings, file: str) -> None:
                 parse_tcp(address)
         except CannotListen as error:
             raise BadSettings(file, 0, f"inference.{name}: {error}") from error
+    _check_update(settings.update, file)
     if settings.capture.redact and settings.capture.redact_command:
         raise BadSettings(file, 0, "capture.redact and capture.redact_command are both set; one of them does it")
     try:
+        check_delegates(inference.delegates)
         check_pipelines(settings.pipelines)
-    except BadPipeline as error:
+        check_policy(settings.governor)
+    except (BadDelegate, BadPipeline, BadPolicy) as error:
         raise BadSettings(file, 0, str(error)) from error
+
+
+def _check_update(update: UpdateSettings, file: str) -> None:
+    if 0 < update.bandwidth < MIN_BANDWIDTH:
+        raise BadSettings(file, 0, f"update.bandwidth: {update.bandwidth} is below {MIN_BANDWIDTH}; 0 is no limit")
+    for url in update.mirrors:
+        parts = urlsplit(url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc or parts.query:
+            raise BadSettings(file, 0, f"update.mirrors: {url!r} does not look like http://host/folder")
 
 
 def _check_timezone(name: str, file: str) -> None:

@@ -17,17 +17,27 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
+from agent.adapters.allowance import Allowance
 from agent.adapters.connection_counter import ConnectionCounter
 from agent.adapters.data_plane import DataPlaneProcesses
+from agent.adapters.delegate_libraries import marks
+from agent.adapters.delta import RebuildChild, installed_methods
 from agent.adapters.deployment_file import DeploymentFile
-from agent.adapters.download import BundleDownloads, HttpsMetadata, HttpsServer
+from agent.adapters.device_api import HttpsMetadata
+from agent.adapters.download import BundleDownloads
+from agent.adapters.history_file import HistoryFile
+from agent.adapters.hold_file import HoldFile
 from agent.adapters.host import MachineHost
+from agent.adapters.https import HttpsServer, Mirror
 from agent.adapters.identity import Identity, IdentityFolder
+from agent.adapters.local_socket import LocalServer
 from agent.adapters.model_store import FolderStore
 from agent.adapters.mqtt import BrokerSettings, Ears, MqttUplink, Words
 from agent.adapters.runtimes import installed_runtimes
 from agent.adapters.scheduler import Scheduler
+from agent.adapters.sensors import MachineSensors
 from agent.adapters.spool import SqliteSpool
 from agent.adapters.systemd import notifier_from, watchdog_interval
 from agent.adapters.threads import ThreadBackground
@@ -39,6 +49,7 @@ from agent.channel import (
     Hung,
     Ready,
     Refused,
+    SelfTested,
     Serving,
     ShadowDelta,
     ShadowEnded,
@@ -46,22 +57,41 @@ from agent.channel import (
     StatisticsDelta,
     Withdrawn,
 )
-from agent.config import AgentSettings, InferenceSettings, device_class
+from agent.chronicle import Chronicle
+from agent.config import AgentSettings, InferenceSettings, UpdateSettings, device_class
 from agent.core.deployment import running_model
+from agent.core.governor import Governor
+from agent.core.health import HealthLimits
+from agent.core.holding import parse_hours
 from agent.core.merging import merge_payloads
 from agent.core.retry import BackOff
 from agent.core.shadowing import ShadowCounts, add, summary
+from agent.core.sparing import is_wanted
 from agent.core.windows import Windows
 from agent.desire import Desires
+from agent.governing import Governing
 from agent.listening import ListeningSockets, parse_tcp
-from agent.ports import DataPlaneExit, DeviceFacts, Refusal, Trouble, VerifiedDesire, Weather
+from agent.local_api import SOCKET_NAME, ModelStatus, Status, TrustStatus
+from agent.local_control import LocalControl
+from agent.ports import (
+    EVENTS,
+    TELEMETRY,
+    DataPlaneExit,
+    DeviceFacts,
+    Refusal,
+    Target,
+    Trouble,
+    VerifiedDesire,
+    Weather,
+)
 from agent.reporter import Reporter
 from agent.supervisor import Supervisor
-from agent.updater import Updater
+from agent.updater import Calm, Updater
+from agent.verdicts import Verdicts
 from protocol import __version__
 from protocol.codec import CODECS, BadMessage, decode_acknowledgement, decode_server_state, encode
 from protocol.messages import Birth, Farewell, RunningModel, Will
-from protocol.states import EventKind, RejectReason
+from protocol.states import DeploymentState, EventKind, RejectReason
 
 log = logging.getLogger(__name__)
 
@@ -85,11 +115,12 @@ class Daemon:
         self._models: tuple[RunningModel, ...] = ()
         self._compared: dict[str, ShadowCounts] = {}  # by model, while a shadow runs
         self._contexts: dict[bool, ssl.SSLContext] = {}
+        self._delta_methods = installed_methods() if settings.update.deltas else ()
         self._notifier = notifier_from()
         self._identity = IdentityFolder(state / "identity").load()
         self._sockets = _listening_sockets(settings)
         self._background = ThreadBackground(lambda done: self._post(lambda now: self._finish(done, now)))
-        self._store = FolderStore(state)
+        self._store = FolderStore(state, delegates=marks(settings.inference.delegates))
         self._host = MachineHost(state)
         self._facts = DeviceFacts(
             device_class=self._identity.settings.labels.get("class") or device_class(settings.device),
@@ -124,19 +155,57 @@ class Daemon:
             launcher=DataPlaneProcesses(self._sockets, options=_data_plane_options(settings.inference)),
             post=lambda told: self._post(lambda now: self._hear_plane(told, now)),
             configuration=_configuration(settings),
+            spare=is_wanted(settings.inference.spare, self._facts.memory_total),
+            memory_available=self._host.memory_available,
         )
+        self._governing = Governing(
+            sensors=MachineSensors(settings.governor.sensor),
+            governor=_governor(settings),
+            plane=self._supervisor,
+            events=self._reporter,
+        )
+        self._verdicts = Verdicts(
+            plane=self._supervisor,
+            monotonic=time.monotonic,
+            probation_ms=settings.update.probation_seconds * 1000,
+            limits=HealthLimits(
+                errors=settings.update.max_errors,
+                slowdown=settings.update.max_slowdown,
+                unsure=settings.update.max_unsure,
+            ),
+        )
+        history = HistoryFile(state / "history.jsonl")
+        hold = HoldFile(state / "hold")
         self._updater = Updater(
             facts=self._facts,
             deployments=DeploymentFile(state / "deployments.json"),
             store=self._store,
-            downloads=BundleDownloads(self._server, state / "downloads"),
+            downloads=self._make_downloads(settings.update, state),
             trials=_trials(settings),
             plane=self._supervisor,
             background=self._background,
-            events=self._reporter,
+            events=Chronicle(self._reporter, history, _now),
             changed=self._announce,
             random=random.random,
-            probation_ms=settings.update.probation_seconds * 1000,
+            monotonic=time.monotonic,
+            verdicts=self._verdicts,
+            calm=Calm(
+                hours=tuple(parse_hours(span) for span in settings.update.hours),
+                zone=ZoneInfo(settings.device.timezone),
+                hold=hold.until,
+            ),
+        )
+        local = LocalControl(
+            updater=self._updater,
+            store=self._store,
+            history=history,
+            hold=hold,
+            background=self._background,
+            status=self._status,
+            trust=self._trust_status,
+        )
+        self._local = LocalServer(
+            state / SOCKET_NAME, lambda asked, reply: self._post(lambda now: local.answer(asked, reply, now))
         )
         self._desires = Desires(
             trust=self._trust,
@@ -164,11 +233,16 @@ class Daemon:
         log.info("agent %s of device %s starts", __version__, self._identity.device)
         if self._spool.replaced:
             self._reporter.record(kind=EventKind.SPOOL, detail=f"the spool was unreadable: {self._spool.replaced}")
+        if self._trust.lost:
+            self._reporter.record(kind=EventKind.AGENT, detail=f"the trust state begins anew: {self._trust.lost}")
         self._supervisor.start()
         self._updater.start(now)
         self._recall(now)
         self._uplink.start()
+        self._local.start()
         self._scheduler.every(TICK_SECONDS, "tick", lambda: self._post(self._tick))
+        if self._settings.governor.enabled:
+            self._scheduler.every(TICK_SECONDS, "governor", self._govern)
         self._scheduler.every(POLL_SECONDS, "poll", lambda: self._post(self._poll))
         if interval := watchdog_interval(os.environ, os.getpid()):
             # through the queue: a main loop that hangs stops the signs of life
@@ -203,6 +277,7 @@ class Daemon:
     def _end(self) -> None:
         """Drain the data plane, keep its last statistics, say good-bye."""
         self._notifier.stopping()
+        self._local.close()
         self._scheduler.stop()
         self._supervisor.stop()
         while not self._items.empty():
@@ -230,6 +305,11 @@ class Daemon:
         self._desires.tick(now)
         self._reporter.tick(now)
 
+    def _govern(self) -> None:
+        """On the scheduler's thread: some sensors take their time, and the main loop must not wait for them."""
+        felt = self._governing.feel(time.monotonic())
+        self._post(lambda _: self._governing.decide(felt))
+
     def _poll(self, now: int) -> None:
         """While the broker is out of reach, ask the server over HTTPS what this device should run."""
         del now
@@ -256,18 +336,17 @@ class Daemon:
 
     def _hear_plane(self, told: Answer | DataPlaneExit, now: int) -> None:
         match told:
-            case StatisticsDelta():
-                self._reporter.count(told)
+            case StatisticsDelta() | SelfTested() | Shadowing() | ShadowDelta() | ShadowEnded():
+                self._hear_evidence(told)
             case Serving():
                 self._updater.plane_serves(told, now)
+                self._tell_of_delegate(told)
             case Refused():
                 self._updater.plane_refuses(told, now)
             case Withdrawn():
                 self._updater.plane_withdrew(told, now)
             case Ready():
                 log.info("data plane %d is up", told.pid)
-            case Shadowing() | ShadowDelta() | ShadowEnded():
-                self._hear_shadow(told)
             case Hung():
                 log.error("%s %d hangs", told.model, told.version)
             case DataPlaneExit(planned=False):
@@ -281,7 +360,31 @@ class Daemon:
                 log.info("data plane %d ended as planned", told.pid)
         self._updater.tick(now)
 
+    def _hear_evidence(self, told: StatisticsDelta | SelfTested | Shadowing | ShadowDelta | ShadowEnded) -> None:
+        match told:
+            case StatisticsDelta():
+                self._reporter.count(told)
+                self._verdicts.count(told)
+            case SelfTested():
+                self._hear_self_test(told)
+            case Shadowing() | ShadowDelta() | ShadowEnded():
+                self._hear_shadow(told)
+
+    def _hear_self_test(self, told: SelfTested) -> None:
+        self._verdicts.tested(told)
+        if told.passed is False:
+            detail = f"self-test failed: {told.detail}"
+            self._reporter.record(
+                kind=EventKind.DATA_PLANE, model=told.model, reason=RejectReason.GOLDEN_FAILED, detail=detail
+            )
+
+    def _tell_of_delegate(self, told: Serving) -> None:
+        if told.without_delegate:
+            detail = f"it serves without delegate {told.without_delegate}"
+            self._reporter.record(kind=EventKind.DATA_PLANE, model=told.model, version=told.version, detail=detail)
+
     def _hear_shadow(self, told: Shadowing | ShadowDelta | ShadowEnded) -> None:
+        self._verdicts.shadowed(told)
         match told:
             case Shadowing():
                 self._compared.pop(told.model, None)
@@ -297,6 +400,74 @@ class Daemon:
         self._uplink.announce()
         serving = ", ".join(f"{m.model} {m.version} ({m.state.value})" for m in self._models) or "no model yet"
         self._notifier.status(serving)
+
+    # ------------------------------------------------------------ what people at the device ask
+    def _status(self, models: tuple[ModelStatus, ...], hold_until: int) -> Status:
+        return Status(
+            device=self._identity.device,
+            agent=__version__,
+            boot=self._boot,
+            connected=self._uplink.connected,
+            server_up=self._uplink.connected and self._reporter.server_up,
+            spooled_events=self._spool.depth(EVENTS),
+            spooled_reports=self._spool.depth(TELEMETRY),
+            dropped_reports=self._spool.dropped(),
+            data_plane=self._supervisor.pid,
+            hold_until=hold_until,
+            models=models,
+        )
+
+    def _trust_status(self, now: int) -> TrustStatus:
+        """Verify what is stored again, without the server."""
+        recalled, problem = None, ""
+        try:
+            recalled = self._trust.recall(now)
+        except (Refusal, Weather, Trouble) as error:
+            problem = str(error)
+        versions = self._trust.versions()
+        targets = recalled.desire.targets if recalled else ()
+        return TrustStatus(
+            device=self._identity.device,
+            director=versions.director,
+            director_root=versions.director_root,
+            image_root=versions.image_root,
+            clock_floor=self._trust.clock_floor,
+            expired=bool(recalled and recalled.expired),
+            problem=problem,
+            models=tuple(f"{target.release.model} {target.release.version}" for target in targets),
+        )
+
+    # ------------------------------------------------------------ downloads
+    def _make_downloads(self, update: UpdateSettings, state: Path) -> BundleDownloads:
+        return BundleDownloads(
+            self._server,
+            state / "downloads",
+            mirrors=[Mirror(url) for url in update.mirrors],
+            allowance=Allowance(
+                state / "downloads.json", bandwidth=update.bandwidth, bytes_per_day=update.bytes_per_day
+            ),
+            rebuilds=RebuildChild() if update.deltas else None,
+            base=self._stored_folder,
+            memory=self._facts.memory_total,
+            spread=lambda: random.random() * update.spread_seconds,  # noqa: S311 - it spreads load, it hides nothing
+            tell=lambda target, detail: self._post(lambda _: self._tell_download(target, detail)),
+        )
+
+    def _stored_folder(self, digest: str) -> str | None:
+        stored = self._store.find(digest)
+        return stored.folder if stored else None
+
+    def _tell_download(self, target: Target, detail: str) -> None:
+        self._notifier.status(f"{target.release.model} {target.release.version}: {detail}")
+        self._reporter.record(
+            kind=EventKind.DEPLOYMENT,
+            model=target.release.model,
+            version=target.release.version,
+            digest=target.sha256,
+            state=DeploymentState.DOWNLOADING,
+            attempt=target.assignment.attempt,
+            detail=detail,
+        )
 
     # ------------------------------------------------------------ the uplink's ears and words
     def _make_uplink(self, settings: AgentSettings, identity: Identity) -> MqttUplink:
@@ -354,7 +525,7 @@ class Daemon:
                 director_root=trust.director_root,
                 image_root=trust.image_root,
                 models=self._models,
-                facts=self._host.facts(),
+                facts={**self._host.facts(), "deltas": " ".join(self._delta_methods)},
             )
         )
 
@@ -393,7 +564,12 @@ def _now() -> int:
 
 def _configuration(settings: AgentSettings) -> Configure:
     """Return what the data plane is told once. It comes from the local file alone: pipelines may start programs."""
-    return Configure(pipelines=settings.pipelines, capture=settings.capture, state=settings.device.state)
+    return Configure(
+        pipelines=settings.pipelines,
+        capture=settings.capture,
+        delegates=settings.inference.delegates,
+        state=settings.device.state,
+    )
 
 
 def _data_plane_options(inference: InferenceSettings) -> list[str]:
@@ -402,7 +578,7 @@ def _data_plane_options(inference: InferenceSettings) -> list[str]:
     options = {
         "--runtime": inference.runtime,
         "--threads": inference.threads,
-        "--workers": inference.instances,
+        "--instances": inference.instances,
         "--queue": inference.queue,
         "--max-body": inference.max_body,
         "--invoke-seconds": inference.invoke_seconds,
@@ -418,12 +594,24 @@ def _data_plane_options(inference: InferenceSettings) -> list[str]:
     return [*words, *(flag for flag, is_set in flags.items() if is_set)]
 
 
+def _governor(settings: AgentSettings) -> Governor:
+    inference = settings.inference
+    threads = None if inference.measure or inference.delegates else inference.threads
+    return Governor(settings.governor, interpreters=inference.instances, threads=threads)
+
+
 def _trials(settings: AgentSettings) -> TrialChild:
     """Measuring gets as much time again as the trial."""
     seconds = settings.update.trial_seconds
-    if not settings.inference.measure:
+    delegates = settings.inference.delegates
+    if not (settings.inference.measure or delegates):
         return TrialChild(runtime=settings.inference.runtime, wall_seconds=seconds)
-    return TrialChild(runtime=settings.inference.runtime, wall_seconds=2 * seconds, ladder_seconds=seconds)
+    return TrialChild(
+        runtime=settings.inference.runtime,
+        wall_seconds=2 * seconds,
+        ladder_seconds=seconds,
+        delegates=delegates,
+    )
 
 
 def _listening_sockets(settings: AgentSettings) -> ListeningSockets:

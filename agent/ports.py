@@ -6,16 +6,18 @@ split by who must act: `Weather` passes (retry), `Refusal` is final for this con
 a person on this device.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from agent.channel import Answer, Order, TrialVerdict
+from agent.channel import STABLE, Answer, Govern, Order, Shadow, TrialVerdict
 from agent.core.deployment import Deployment
 from agent.core.facts import DeviceFacts as DeviceFacts
 from agent.core.facts import Target as Target
 from agent.core.facts import VerifiedDesire as VerifiedDesire
+from agent.core.governor import Readings
 from agent.core.rungs import Rung
+from agent.local_api import Step
 from protocol.device_api import EnrolRequest, EnrolResponse
 from protocol.manifest import Manifest
 from protocol.messages import DesiredState, Resources
@@ -39,6 +41,10 @@ class Weather(AgentError):
         """``retry_after``: seconds, when the server asked for them."""
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class Postponed(Weather):
+    """This device itself waits: a budget is used up, or a fleet is not to come all at once. No try is counted."""
 
 
 class Refusal(AgentError):
@@ -98,6 +104,18 @@ class DataPlaneExit:
     detail: str = ""  # what it said last of its end
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rebuilding:
+    """A bundle to be made from a delta. Paths are files, but for the base."""
+
+    method: str
+    base: str  # digest of the bundle it starts from, or NO_BASE
+    folder: str  # where that bundle lies, extracted; empty with NO_BASE
+    delta: str
+    made: str
+    length: int  # of the bundle that comes out
+
+
 # ---------------------------------------------------------------- ports
 class Trust(Protocol):
     """Both TUF repositories, read with python-tuf. Keeps its own state on disk, committed atomically."""
@@ -106,9 +124,23 @@ class Trust(Protocol):
         """Verify a desired state against both repositories (blocking: may fetch Image metadata over HTTPS).
 
         Raises `Refusal` with the attack's name, or `Weather`. A failure leaves the trusted state as it was.
+        What speaks against one target only comes as that target's objection.
         """
 
     def versions(self) -> TrustVersions: ...
+
+
+class Rebuilds(Protocol):
+    """Applies deltas in a short-lived child under limits."""
+
+    def methods(self) -> Collection[str]:
+        """Return which methods this device can apply."""
+
+    def rebuild(self, wanted: Rebuilding) -> str:
+        """Make the bundle (blocking, bounded); return why it could not be made, empty when it was.
+
+        What comes out is not verified here.
+        """
 
 
 class Downloads(Protocol):
@@ -117,8 +149,8 @@ class Downloads(Protocol):
     def fetch(self, target: Target, progress: Callable[[int], None], cancelled: Callable[[], bool]) -> str:
         """Download into a file, capped at the signed length; check the hash; return its path (blocking).
 
-        Raises `Weather` (retry later), `Refusal` (HASH_MISMATCH, NO_SPACE, or 404/410 as UNREACHABLE), and
-        `Weather` when cancelled.
+        Raises `Weather` (retry later; `Postponed` when this device wants it so), `Refusal` (HASH_MISMATCH, NO_SPACE,
+        or 404/410 as UNREACHABLE), and `Weather` when cancelled.
         """
 
     def discard(self, sha256: str) -> None:
@@ -148,6 +180,9 @@ class ModelStore(Protocol):
 
     def collect(self, keep: Sequence[str]) -> None:
         """Remove stored bundles and leftovers except these digests."""
+
+    def check_all(self) -> Sequence[tuple[StoredModel, str]]:
+        """Hash every stored bundle again (blocking); return each with what is wrong with it, or nothing."""
 
 
 class Trials(Protocol):
@@ -184,8 +219,13 @@ class DataPlaneLauncher(Protocol):
 class DataPlane(Protocol):
     """What the update machine asks of the supervisor; answers come back as events."""
 
-    def serve(self, ticket: int, model: StoredModel) -> None: ...
-    def withdraw(self, ticket: int, model: str) -> None: ...
+    def serve(self, ticket: int, model: StoredModel, alias: str = STABLE) -> None: ...
+    def withdraw(self, ticket: int, model: str, alias: str = "") -> None: ...
+    def shadow(self, order: Shadow) -> None:
+        """Have the candidate answer a share of the requests, unseen."""
+
+    def self_test(self, ticket: int, model: str) -> None:
+        """Have the golden samples run where a model serves."""
 
 
 class Spool(Protocol):
@@ -230,6 +270,20 @@ class Host(Protocol):
     def facts(self) -> dict[str, str]: ...
 
 
+class Sensors(Protocol):
+    """How this machine is: heat, throttling, memory, power."""
+
+    def read(self) -> Readings:
+        """Return what is true now (may block for a moment); what the machine cannot tell is None."""
+
+
+class Governed(Protocol):
+    """What works as hard as the governor says."""
+
+    def govern(self, order: Govern) -> None:
+        """Work so hard from now on, and after every restart."""
+
+
 class EventLog(Protocol):
     """Where drivers tell what happened; the record reaches the server some day, in order."""
 
@@ -245,6 +299,24 @@ class EventLog(Protocol):
         attempt: int | None = None,
         detail: str = "",
     ) -> None: ...
+
+
+class Steps(Protocol):
+    """What happened to the models of this device, for people who look back."""
+
+    def add(self, step: Step) -> None: ...
+    def newest(self, limit: int, model: str = "") -> Sequence[Step]:
+        """Return the newest steps, newest first; of one model if named (blocking)."""
+
+
+class Hold(Protocol):
+    """Until when an application wants no update."""
+
+    def until(self) -> int:
+        """Return UTC ms; 0 when nothing holds."""
+
+    def set(self, until: int) -> None:
+        """Hold until then, durably; 0 ends a hold. Raises `Trouble`."""
 
 
 class Deployments(Protocol):

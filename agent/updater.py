@@ -2,18 +2,23 @@
 
 All methods run on the main thread. Blocking work goes to `Background`, which hands results back on the main thread;
 a result whose ticket is no longer the model's own belongs to work that was superseded, and is dropped. One model at a
-time is on its way; the others wait for their turn.
+time is on its way; the others wait for their turn. Waiting goes by a clock that never jumps.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timezone, tzinfo
 from functools import partial
 
-from agent.channel import Refused, Serving, Withdrawn
+import msgspec
+
+from agent.channel import CANDIDATE, Refused, Serving, Withdrawn
 from agent.core import deployment, rungs
-from agent.core.admission import Objection, object_to, object_to_trial
+from agent.core.admission import object_to, object_to_trial
 from agent.core.deployment import IN_FLIGHT, Deployment, Effect, Event, Happened
-from agent.core.facts import DeviceFacts, Target, VerifiedDesire
+from agent.core.facts import DeviceFacts, Objection, Target, VerifiedDesire
+from agent.core.holding import Hours, must_wait
 from agent.core.retry import BackOff
 from agent.ports import (
     Background,
@@ -22,16 +27,36 @@ from agent.ports import (
     Downloads,
     EventLog,
     ModelStore,
+    Postponed,
     Refusal,
     Trials,
     Trouble,
     Weather,
 )
+from agent.verdicts import Verdicts
 from protocol.states import DeploymentState, EventKind, RejectReason
 
 log = logging.getLogger(__name__)
 
 DOWNLOAD_BACK_OFF = BackOff(first=2.0, ceiling=900.0)  # seconds, after a download that the weather stopped
+LOOK_AGAIN_SECONDS = 60.0  # while an update is held; a hold may end early, a clock may jump
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calm:
+    """When this device may be disturbed by an update."""
+
+    hours: Sequence[Hours] = ()  # empty: any time
+    zone: tzinfo = timezone.utc
+    hold: Callable[[], int] = lambda: 0  # until when (UTC ms) an application wants no update
+
+
+@dataclass(kw_only=True)
+class _Due:
+    """Something to be done at a time (monotonic seconds)."""
+
+    at: float
+    action: Callable[[int], None] = field(repr=False)
 
 
 class Updater:
@@ -50,9 +75,11 @@ class Updater:
         events: EventLog,
         changed: Callable[[], None],
         random: Callable[[], float],
-        probation_ms: int,
+        monotonic: Callable[[], float],
+        verdicts: Verdicts,
+        calm: Calm,
     ) -> None:
-        """``changed`` is called after each transition; ``random`` gives numbers in [0, 1)."""
+        """``changed`` is called after each transition; ``random`` gives numbers in [0, 1); ``monotonic`` seconds."""
         self._facts = facts
         self._deployments = deployments
         self._store = store
@@ -63,12 +90,16 @@ class Updater:
         self._events = events
         self._changed = changed
         self._random = random
-        self._probation_ms = probation_ms
+        self._monotonic = monotonic
+        self._verdicts = verdicts
+        self._calm = calm
         self._records: dict[str, Deployment] = {}
         self._wanted: dict[str, Target] | None = None
         self._ticket = 0
         self._tickets: dict[str, int] = {}
-        self._due: dict[str, tuple[int, Callable[[int], None]]] = {}
+        self._due: dict[str, _Due] = {}
+        self._held: dict[str, str] = {}  # why a model's update waits
+        self._candidates: set[str] = set()  # models with a candidate in the data plane
 
     # ------------------------------------------------------------ what the daemon tells
     def start(self, now: int) -> None:
@@ -91,27 +122,38 @@ class Updater:
         self._pursue(now)
 
     def tick(self, now: int) -> None:
-        """Run what is due: the end of a probation, a download to try again, a model whose turn has come."""
-        while due := [model for model, (at, _) in self._due.items() if at <= now]:
-            _, action = self._due.pop(due[0])
-            action(now)
+        """Run what is due: verdicts, downloads to try again, updates that were held, models whose turn has come."""
+        while due := [model for model, one in self._due.items() if one.at <= self._monotonic()]:
+            self._due.pop(due[0]).action(now)
+        for record in self.records():
+            if happened := self._verdicts.judge(record):
+                self._feed(record.model, happened, now)
         self._pursue(now)
 
     def plane_serves(self, answer: Serving, now: int) -> None:
         """The data plane flipped a model. Answers to orders that are not the newest mean nothing here."""
         if self._tickets.get(answer.model) != answer.ticket:
             return
+        if answer.alias == CANDIDATE:
+            self._verdicts.candidate_serves(answer, self._records[answer.model])
+            return
         self._store.activate(answer.model, answer.digest)
-        record = self._records[answer.model]
-        reverting = record.state is DeploymentState.ROLLING_BACK
-        detail = f"{answer.runtime.value}, swapped in {answer.took_us / 1000:.0f} ms"
-        self._feed(answer.model, Happened(event=Event.REVERTED if reverting else Event.SERVING, detail=detail), now)
+        reverting = self._records[answer.model].state is DeploymentState.ROLLING_BACK
+        happened = Happened(
+            event=Event.REVERTED if reverting else Event.SERVING,
+            serving=deployment.Serving(version=answer.version, digest=answer.digest),
+            detail=f"{answer.runtime.value}, swapped in {answer.took_us / 1000:.0f} ms",
+        )
+        self._feed(answer.model, happened, now)
 
     def plane_refuses(self, answer: Refused, now: int) -> None:
         """The data plane could not take a model up; what served before serves on."""
         if self._tickets.get(answer.model) != answer.ticket:
             detail = f"{answer.model} could not be loaded again and does not serve: {answer.reason}"
             self._events.record(kind=EventKind.DATA_PLANE, model=answer.model, detail=detail)
+            return
+        if answer.alias == CANDIDATE:
+            self._verdicts.candidate_refused(answer.model, answer.reason)
             return
         reverting = self._records[answer.model].state is DeploymentState.ROLLING_BACK
         event = Event.REVERT_FAILED if reverting else Event.SWAP_REFUSED
@@ -124,10 +166,32 @@ class Updater:
 
     def plane_died(self, now: int) -> None:
         """The data plane ended unasked; the supervisor starts it again."""
-        touched = (DeploymentState.SWAPPING, DeploymentState.PROBATION, DeploymentState.ROLLING_BACK)
+        touched = (
+            DeploymentState.SHADOW,
+            DeploymentState.SWAPPING,
+            DeploymentState.PROBATION,
+            DeploymentState.ROLLING_BACK,
+        )
         for model, record in list(self._records.items()):
             if record.state in touched:
                 self._feed(model, Happened(event=Event.PLANE_DIED), now)
+
+    def take_back(self, model: str, now: int) -> str:
+        """Go back to an earlier version, as a person at this device wants; return what will serve.
+
+        Raises `Refusal` where there is nothing to go back to, or not now.
+        """
+        record = self._records.get(model)
+        if record is None:
+            raise Refusal(RejectReason.NOT_RELEASED, f"model {model!r} is not known here")
+        if (record.state, Event.TAKEN_BACK) not in deployment.TABLE:
+            raise Refusal(RejectReason.TAKEN_BACK, f"{model} is {record.state.value}; nothing is taken back now")
+        earlier = deployment.fall_back(record, self._is_intact)
+        if earlier is None:
+            raise Refusal(RejectReason.TAKEN_BACK, f"no earlier version of {model} is on this device, or may run")
+        reason = RejectReason.TAKEN_BACK
+        self._feed(model, Happened(event=Event.TAKEN_BACK, reason=reason, detail="by hand, on the device"), now)
+        return f"{model} {earlier.version}"
 
     def records(self) -> tuple[Deployment, ...]:
         """Return what is known of every model, by name."""
@@ -142,7 +206,7 @@ class Updater:
             target = self._wanted.get(model)
             if target is None:
                 self._withdraw(record, now)
-            elif deployment.should_pursue(record, target) and self._may_start(record):
+            elif deployment.should_pursue(record, target, now) and self._may_start(record):
                 self._feed(model, Happened(event=Event.ASSIGNED, target=target), now)
 
     def _withdraw(self, record: Deployment, now: int) -> None:
@@ -150,9 +214,10 @@ class Updater:
             self._feed(record.model, Happened(event=Event.WITHDRAWN), now)
 
     def _may_start(self, record: Deployment) -> bool:
-        """One model at a time; one that is already on its way may be superseded."""
+        """One model at a time; one that is already on its way may be superseded, and those that wait do not count."""
         others = (other for other in self._records.values() if other.model != record.model)
-        return not any(other.state in IN_FLIGHT for other in others)
+        busy = (other for other in others if other.model not in self._held)
+        return not any(other.state in IN_FLIGHT and other.state is not DeploymentState.SHADOW for other in busy)
 
     def _feed(self, model: str, happened: Happened, now: int) -> None:
         before = self._records.get(model, Deployment(model=model))
@@ -167,8 +232,19 @@ class Updater:
         self._ticket += 1
         self._tickets[record.model] = self._ticket
         self._due.pop(record.model, None)
+        self._held.pop(record.model, None)
+        self._forget_what_ended(record)
         self._effects[effect](self, record, self._ticket, now)
         self._changed()
+
+    def _forget_what_ended(self, record: Deployment) -> None:
+        """A candidate that will not serve is withdrawn; one that serves was promoted by the swap."""
+        if record.state not in (DeploymentState.SHADOW, DeploymentState.PROBATION):
+            self._verdicts.forget(record.model)
+        is_candidate = record.state in (DeploymentState.SHADOW, DeploymentState.SWAPPING)
+        if record.model in self._candidates and not is_candidate:
+            self._candidates.discard(record.model)
+            self._plane.withdraw(self._ticket, record.model, CANDIDATE)
 
     def _tell(self, record: Deployment) -> None:
         release = record.target.release if record.target else None
@@ -193,7 +269,7 @@ class Updater:
 
     def _later(self, model: str, happened: Happened) -> None:
         """Feed an event that came about without a time of its own; the next tick, which follows at once, has one."""
-        self._due[model] = (0, lambda now: self._feed(model, happened, now))
+        self._due[model] = _Due(at=0.0, action=lambda now: self._feed(model, happened, now))
 
     # ------------------------------------------------------------ the effects
     def _rest(self, record: Deployment, ticket: int, now: int) -> None:
@@ -222,12 +298,45 @@ class Updater:
 
     def _download_later(self, record: Deployment, ticket: int, now: int) -> None:
         pause = DOWNLOAD_BACK_OFF.delay(record.download_tries, self._random())
-        self._due[record.model] = (now + int(pause * 1000), lambda at: self._download(record, ticket, at))
+        asked = max(0, record.retry_at - now) / 1000  # whoever stopped it asked for patience
+        self._due[record.model] = _Due(
+            at=self._monotonic() + asked + pause, action=lambda at: self._download(record, ticket, at)
+        )
 
     def _check_room(self, record: Deployment, ticket: int, now: int) -> None:
-        del ticket, now
-        objection = object_to_trial(_target_of(record), self._facts)
-        self._later(record.model, _refused(objection) if objection else Happened(event=Event.CLEARED))
+        """What passed its trial here before needs no room for another; everything waits for its hour."""
+        target = _target_of(record)
+        is_stored = self._store.find(target.sha256) is not None
+        objection = None if is_stored else object_to_trial(target, self._facts)
+        if objection:
+            self._later(record.model, _refused(objection))
+        elif not self._waits(record, ticket, now):
+            passed = Happened(event=Event.PASSED, detail="it passed its trial here before")
+            self._later(record.model, passed if is_stored else Happened(event=Event.CLEARED))
+
+    def _waits(self, record: Deployment, ticket: int, now: int) -> bool:
+        calm, forced = self._calm, _target_of(record).assignment.forced
+        wait = must_wait(now, hold=calm.hold(), hours=calm.hours, zone=calm.zone, forced=forced)
+        if wait is None:
+            return False
+        if self._held.get(record.model) != wait.why:
+            self._held[record.model] = wait.why
+            self._tell(msgspec.structs.replace(record, detail=f"waits: {wait.why}"))
+        pause = min(LOOK_AGAIN_SECONDS, (wait.until - now) / 1000)
+        self._due[record.model] = _Due(
+            at=self._monotonic() + pause, action=lambda at: self._check_room(record, ticket, at)
+        )
+        return True
+
+    def held(self, model: str) -> str:
+        """Return why a model's update waits; empty when it does not."""
+        return self._held.get(model, "")
+
+    def look_again(self) -> None:
+        """A hold began or ended: updates that wait are looked at with the next tick."""
+        for model in self._held:
+            if model in self._due:
+                self._due[model].at = 0.0
 
     def _try(self, record: Deployment, ticket: int, now: int) -> None:
         del now
@@ -262,19 +371,27 @@ class Updater:
                 record.model, Happened(event=Event.SWAP_REFUSED, reason=RejectReason.SWAP_FAILED, detail=detail)
             )
 
+    def _compare(self, record: Deployment, ticket: int, now: int) -> None:
+        del now
+        self._verdicts.compare(record, ticket)
+        if stored := self._store.find(_target_of(record).sha256):
+            self._candidates.add(record.model)
+            self._plane.serve(ticket, stored, CANDIDATE)
+        else:
+            self._verdicts.candidate_refused(record.model, "the verified bundle is no longer in the store")
+
     def _watch(self, record: Deployment, ticket: int, now: int) -> None:
-        del ticket
-        ends = now + self._probation_ms
-        survived = Happened(event=Event.SURVIVED)
-        self._due[record.model] = (ends, lambda at: self._feed(record.model, survived, at))
+        del now
+        self._verdicts.watch(record, ticket)
 
     def _revert(self, record: Deployment, ticket: int, now: int) -> None:
         del now
-        stored = self._store.find(record.committed.digest) if record.committed else None
+        earlier = deployment.fall_back(record, self._is_intact)
+        stored = self._store.find(earlier.digest) if earlier else None
         if stored:
             self._plane.serve(ticket, stored)
         else:
-            detail = "there is no committed version to go back to"
+            detail = "no earlier version is in the store and may run"
             self._later(record.model, Happened(event=Event.REVERT_FAILED, reason=record.reason, detail=detail))
 
     def _tidy(self, record: Deployment, ticket: int, now: int) -> None:
@@ -282,7 +399,9 @@ class Updater:
         if record.target:
             self._downloads.discard(record.target.sha256)
         if not any(other.state in IN_FLIGHT for other in self._records.values()):
-            self._store.collect(sorted(self._worth_keeping()))
+            keep = self._worth_keeping()
+            self._store.collect(sorted(keep))
+            self._verdicts.keep_only(keep)
 
     def _start_over(self, record: Deployment, ticket: int, now: int) -> None:
         """The new ticket makes running work stop and its result void; the next tick pursues what is wanted now."""
@@ -301,6 +420,7 @@ class Updater:
         Effect.DOWNLOAD_LATER: _download_later,
         Effect.CHECK_ROOM: _check_room,
         Effect.TRY: _try,
+        Effect.COMPARE: _compare,
         Effect.SWAP: _swap,
         Effect.WATCH: _watch,
         Effect.REVERT: _revert,
@@ -314,7 +434,7 @@ class Updater:
         """What serves, what was committed, and each model's target: a rollback must not need the network."""
         keep = set(self._store.active().values())
         for record in self._records.values():
-            versions = (record.serving, record.committed, record.previous)
+            versions = (record.serving, record.committed, record.previous, record.factory)
             keep |= {version.digest for version in versions if version}
             keep |= {record.target.sha256} if record.target else set()
         return keep
@@ -326,21 +446,32 @@ class Updater:
             if model not in self._records and stored:
                 version = deployment.Serving(version=stored.manifest.version, digest=digest)
                 self._records[model] = Deployment(
-                    model=model, state=DeploymentState.COMMITTED, serving=version, committed=version
+                    model=model,
+                    state=DeploymentState.COMMITTED,
+                    serving=version,
+                    committed=version,
+                    factory=version,
                 )
 
+    def _is_intact(self, digest: str) -> bool:
+        return self._store.find(digest) is not None
+
     def _lost_from_store(self, model: str, digest: str) -> None:
-        """The active bundle is damaged: never load it. Fall back to the committed one, else wait for the fleet."""
+        """The active bundle is damaged: never load it. Fall back to an earlier one, else wait for the fleet."""
         record = self._records.get(model, Deployment(model=model))
-        committed = record.committed if record.committed and record.committed.digest != digest else None
-        stored = self._store.find(committed.digest) if committed else None
+        earlier = deployment.fall_back(record, self._is_intact)
+        stored = self._store.find(earlier.digest) if earlier else None
         self._store.activate(model, stored.digest if stored else None)
         if stored:
             self._plane.serve(0, stored)
         self._records[model] = Deployment(
-            model=model, serving=committed if stored else None, committed=committed if stored else None
+            model=model, serving=earlier, committed=earlier, factory=earlier and record.factory
         )
-        remedy = "the committed version serves instead" if stored else "nothing serves until the fleet sends it again"
+        remedy = (
+            f"version {earlier.version} serves instead"
+            if earlier
+            else "nothing serves until the fleet sends it again"
+        )
         self._events.record(
             kind=EventKind.AGENT,
             model=model,
@@ -364,7 +495,11 @@ def _catch(work: Callable[[], Happened]) -> Happened:
         return work()
     except Refusal as refusal:
         return Happened(event=Event.REFUSED, reason=refusal.reason, detail=refusal.detail)
-    except (Weather, Trouble, OSError) as error:
+    except Weather as weather:
+        patience = int((weather.retry_after or 0) * 1000)
+        postponed = isinstance(weather, Postponed)
+        return Happened(event=Event.INTERRUPTED, detail=str(weather), patience_ms=patience, is_a_try=not postponed)
+    except (Trouble, OSError) as error:
         return Happened(event=Event.INTERRUPTED, detail=str(error))
     except Exception as error:  # the machine must hear of every end, of a bug too
         log.exception("background work failed")

@@ -1,14 +1,16 @@
 """Measures what the agent costs a device that has little: memory and idle CPU of control and of the data plane.
 
 Control is a real agent that has enrolled with a real server over a real broker and taken one signed update. The data
-plane serves digits, on each runtime in turn. Memory is the proportional set size; CPU is read while nobody asks.
+plane serves digits, on each runtime in turn. Memory is the proportional set size; CPU is read while nobody asks. What
+a spare data plane costs is the difference that it makes to all of it.
 """
 
+import signal
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from parts import ROOT, RUNTIMES, cpu_seconds, note, options, pss_mb, result
+from parts import ROOT, RUNTIMES, cpu_seconds, note, options, pss_mb, result, until
 
 from demo.story import make_keys, start_server
 from demo.world import DEVICES, MODEL, World
@@ -32,7 +34,8 @@ def measure(runtime: str, seconds: int) -> dict[str, float]:
         try:
             note(f"a server, and an agent on {runtime}")
             update_once(world, runtime)
-            return idle(world, seconds)
+            without = idle(world, seconds)
+            return {**without, "spare_mb": spare(world)}
         finally:
             world.programs.stop_all()
 
@@ -43,7 +46,7 @@ def update_once(world: World, runtime: str) -> None:
     make_keys(world)
     config = world.config(DEVICE)
     text = config.read_text().replace("window_seconds = 2", TELEMETRY)
-    config.write_text(text.replace("[inference]", f'[inference]\nruntime = "{runtime}"'))
+    config.write_text(text.replace("[inference]", f'[inference]\nruntime = "{runtime}"\nspare = "off"'))
     token = world.folder / "token"
     world.edgewarden("tokens", "create", "--uses", "1", "--label", "site=bench", "--output", str(token))
     world.enrol(DEVICE, token)
@@ -71,6 +74,27 @@ def idle(world: World, seconds: int) -> dict[str, float]:
     }
     note(f"  {figures}")
     return figures
+
+
+def spare(world: World) -> float:
+    """Start the agent again, and return by how much its processes grow with a spare, in MB."""
+    config, before = world.config(DEVICE), world.programs.pid(DEVICE)
+    config.write_text(config.read_text().replace('spare = "off"', 'spare = "on"'))
+    world.programs.kill(DEVICE, signal.SIGTERM)
+    until(lambda: world.programs.pid(DEVICE) != before and len(children(world.programs.pid(DEVICE))) == 1)
+    time.sleep(3)  # the model is loaded
+    alone = family_mb(world)
+    until(lambda: len(children(world.programs.pid(DEVICE))) > 1)
+    time.sleep(3)  # the spare has imported what it needs
+    figure = round(family_mb(world) - alone, 1)
+    note(f"  a spare: {figure} MB")
+    return figure
+
+
+def family_mb(world: World) -> float:
+    """Return what control and its children take together, in MB."""
+    control = world.programs.pid(DEVICE)
+    return sum(pss_mb(pid) for pid in (control, *children(control)))
 
 
 def children(pid: int) -> list[int]:

@@ -1,7 +1,8 @@
 """Measures what serving adds to a bare invoke, and how MLServer does on the same model.
 
 Everything asks the same .tflite with one interpreter of one thread. A bare invoke copies in, invokes and copies out
-in this process. Clients and server share the machine, as an application and the agent do.
+in this process. Clients and server share the machine, as an application and the agent do. The floor is a server of
+ten lines that reads so many bytes, invokes, and sends the output: what is above it is ours, what is below is not.
 """
 
 import contextlib
@@ -62,15 +63,22 @@ def against_bare_invoke(path: Path, runtime: str, rounds: int, times: int) -> di
     note(f"{path.name} on {runtime}, against a bare invoke")
     with serving(path, runtime) as server, contextlib.ExitStack() as clients:
         invoke, image = bare(path, runtime)
+        request = raw_request(path.stem, image)
+        floor_path, _ = clients.enter_context(alone(FLOOR, str(path), runtime, str(image.nbytes), str(len(request))))
+        raw, floor = connected(clients, server.unix), connected(clients, floor_path)
         ours = clients.enter_context(contextlib.closing(Client(server.unix)))
         acts: dict[str, Act] = {
             "bare invoke": invoke,
+            "floor": lambda: exchange(floor, request),
+            "raw socket": lambda: exchange(raw, request),
             "our client, unix socket": lambda: ours.infer(path.stem, image),
             "tritonclient, TCP": clients.enter_context(triton(server.http, path.stem, image)),
         }
         took = side_by_side(acts, rounds=rounds, times=times)
     return {
         "p50_us": took,
+        "floor_over_bare": ratio(took["floor"], took["bare invoke"]),
+        "raw_over_floor": ratio(took["raw socket"], took["floor"]),
         "unix_over_bare": ratio(took["our client, unix socket"], took["bare invoke"]),
         "tritonclient_over_bare": ratio(took["tritonclient, TCP"], took["bare invoke"]),
     }
@@ -111,29 +119,40 @@ def against_echo(rounds: int, times: int) -> dict[str, object]:
     waking another core takes longer than an echo.
     """
     note("digits on litert, against an echo of the same bytes")
-    request = (
-        b"POST /v2/models/digits/infer HTTP/1.1\r\nHost: localhost\r\nInference-Header-Content-Length: 0\r\n"
-        b"Content-Length: 64\r\n\r\n" + bytes(64)
-    )
+    image = np.zeros((1, 8, 8, 1), np.int8)
+    request = raw_request("digits", image)
+    model = str(DIGITS / "model.tflite")
     with serving(DIGITS, "litert") as server, contextlib.ExitStack() as open_:
-        path, echo_pid = open_.enter_context(echoing())
-        raw, echo = connected(open_, server.unix), connected(open_, path)
-        open_.enter_context(apart(server.pid, echo_pid))
+        path, echo_pid = open_.enter_context(alone(ECHO))
+        floor_path, floor_pid = open_.enter_context(alone(FLOOR, model, "litert", "64", str(len(request))))
+        raw, echo, floor = (connected(open_, one) for one in (server.unix, path, floor_path))
+        open_.enter_context(apart(server.pid, echo_pid, floor_pid))
         ours = open_.enter_context(contextlib.closing(Client(server.unix)))
-        image = np.zeros((1, 8, 8, 1), np.int8)
         invoke, _ = bare(DIGITS / "model.tflite", "litert")
         acts: dict[str, Act] = {
             "bare invoke": invoke,
             "echo": lambda: exchange(echo, request),
+            "floor": lambda: exchange(floor, request),
             "raw socket": lambda: exchange(raw, request),
             "our client": lambda: ours.infer("digits", image),
         }
         took = side_by_side(acts, rounds=rounds, times=times)
     return {
         "p50_us": took,
+        "floor_over_echo": ratio(took["floor"], took["echo"]),
+        "raw_over_floor": ratio(took["raw socket"], took["floor"]),
         "raw_over_echo": ratio(took["raw socket"], took["echo"]),
         "client_over_echo": ratio(took["our client"], took["echo"]),
     }
+
+
+def raw_request(model: str, image: np.ndarray) -> bytes:
+    """Return the shortest request: the body is the input and nothing else."""
+    head = (
+        f"POST /v2/models/{model}/infer HTTP/1.1\r\nHost: localhost\r\nInference-Header-Content-Length: 0\r\n"
+        f"Content-Length: {image.nbytes}\r\n\r\n"
+    )
+    return head.encode() + image.tobytes()
 
 
 def connected(open_: contextlib.ExitStack, path: str) -> socket.socket:
@@ -172,12 +191,35 @@ def apart(*servers: int) -> Iterator[None]:
     os.sched_setaffinity(0, cores)
 
 
+FLOOR = """
+import socket, sys
+from runtime.interpreter import open_model
+model = open_model(sys.argv[2], runtime=sys.argv[3])
+size, whole = int(sys.argv[4]), int(sys.argv[5])
+view = memoryview(bytearray(whole))
+with socket.socket(socket.AF_UNIX) as listener:
+    listener.bind(sys.argv[1])
+    listener.listen()
+    sock, _ = listener.accept()
+    while True:
+        got = 0
+        while got < whole:
+            if not (more := sock.recv_into(view[got:])):
+                sys.exit()
+            got += more
+        model.fill(0, view[whole - size :])
+        model.invoke()
+        sock.sendall(model.read(0))
+"""
+
+
 @contextlib.contextmanager
-def echoing() -> Iterator[tuple[str, int]]:
-    """Run the least that a Python server can do, in a process of its own; yield its path and its process."""
+def alone(program: str, *arguments: str) -> Iterator[tuple[str, int]]:
+    """Run a server of a few lines in a process of its own; yield its path and its process."""
     with TemporaryDirectory(prefix="edgewarden-bench-") as folder:
-        path = Path(folder) / "echo.sock"
-        with subprocess.Popen([sys.executable, "-c", ECHO, str(path)]) as process:
+        path = Path(folder) / "alone.sock"
+        command = [sys.executable, "-c", program, str(path), *arguments]
+        with subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL) as process:
             until(path.is_socket, process)
             yield str(path), process.pid
             process.terminate()

@@ -21,7 +21,7 @@ def main() -> None:
     figures: dict[str, object] = {"cores": len(os.sched_getaffinity(0))}
     for runtime in RUNTIMES:
         note(f"MobileNetV2 on {runtime}")
-        with serving(need_mobilenet(), runtime, more=("--workers", "2")) as server:
+        with serving(need_mobilenet(), runtime, more=("--instances", "2")) as server:
             pairs = [(rate(server.unix, 1, seconds), rate(server.unix, 2, seconds)) for _ in range(rounds)]
         for one, two in pairs:
             note(f"  one client {one:.1f}/s, two {two:.1f}/s")

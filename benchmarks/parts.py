@@ -151,13 +151,13 @@ def free_port() -> int:
 class Plane:
     """A data plane under a real supervisor, as control has it."""
 
-    def __init__(self, folder: Path, runtime: str = "auto") -> None:
-        """Serve nothing yet."""
+    def __init__(self, folder: Path, runtime: str = "auto", *, spare: bool = False) -> None:
+        """Serve nothing yet. ``spare``: have one soon after something serves."""
         self.unix = str(folder / "i.sock")
         self._folder = folder
         self._sockets = ListeningSockets.open(unix=folder / "i.sock")
         launcher = DataPlaneProcesses(self._sockets, options=("--runtime", runtime), environment=environment())
-        self.supervisor = Supervisor(launcher, self._hear)
+        self.supervisor = Supervisor(launcher, self._hear, spare=spare, spare_calm_seconds=0.5)
         self._heard: list[Event] = []
         self._changed = threading.Condition()
         self._tickets = iter(range(1, 10_000_000))
@@ -212,10 +212,10 @@ class Plane:
 
 
 @contextlib.contextmanager
-def plane(runtime: str = "auto") -> Iterator[Plane]:
+def plane(runtime: str = "auto", *, spare: bool = False) -> Iterator[Plane]:
     """Run a supervised data plane until the block ends."""
     with TemporaryDirectory(prefix="edgewarden-bench-") as folder:
-        one = Plane(Path(folder), runtime)
+        one = Plane(Path(folder), runtime, spare=spare)
         try:
             yield one
         finally:

@@ -1,7 +1,8 @@
 """Measures how long clients wait when the data plane is killed, and when it is replaced as planned.
 
-The real supervisor watches a real data plane. Two clients ask 200 times a second each: one keeps its connection (and
-asks again when it breaks, as `agent.client` does), one makes a connection for every request and never asks twice.
+The real supervisor watches a real data plane, with and without a spare. Two clients ask 200 times a second each: one
+keeps its connection (and asks again when it breaks, as `agent.client` does), one makes a connection for every request
+and never asks twice.
 """
 
 import itertools
@@ -12,7 +13,7 @@ import statistics
 import threading
 import time
 
-from parts import RUNTIMES, Plane, load, note, options, plane, result, until
+from parts import RUNTIMES, Plane, load, note, options, plane, pss_mb, result, until
 
 from agent.ports import DataPlaneExit
 
@@ -31,17 +32,28 @@ def main() -> None:
 
 def measure(runtime: str, rounds: int) -> dict[str, object]:
     """Return what kills and planned restarts did."""
-    killed = []
-    for k in range(
-        rounds
-    ):  # each under a supervisor of its own, for one that sees many deaths waits before it starts
-        with plane(runtime) as served:
-            served.serve(served.publish("v1", 1))
-            killed.append(after(kill, served, k, rounds))
+    with_spare = [killed(runtime, k, rounds, spare=True) for k in range(rounds)]
+    without = [killed(runtime, k, rounds, spare=False) for k in range(rounds)]
     with plane(runtime) as served:
         served.serve(served.publish("v1", 1))
         planned = [after(replace, served, k, rounds) for k in range(rounds)]
-    return {"kill": summed(killed), "planned": summed(planned)}
+    return {
+        "kill": {**summed(with_spare), "spare_mb": median(with_spare, "spare_mb")},
+        "kill_without_spare": summed(without),
+        "planned": summed(planned),
+    }
+
+
+def killed(runtime: str, k: int, rounds: int, *, spare: bool) -> dict[str, float]:
+    """Kill one data plane under a supervisor of its own: one that sees many deaths waits before it starts."""
+    with plane(runtime, spare=spare) as served:
+        served.serve(served.publish("v1", 1))
+        pss = 0.0
+        if spare:
+            until(lambda: served.supervisor.spare_pid is not None)
+            time.sleep(1)  # it imports what it was told to
+            pss = pss_mb(served.supervisor.spare_pid or 0)
+        return {**after(kill, served, k, rounds), "spare_mb": pss}
 
 
 class Newcomer:
@@ -115,10 +127,15 @@ def longest_gap(moments: list[float]) -> float:
     return max(b - a for a, b in itertools.pairwise(moments))
 
 
+def median(rounds: list[dict[str, float]], name: str) -> float:
+    """Return the median of a figure."""
+    return round(statistics.median(one[name] for one in rounds), 1)
+
+
 def summed(rounds: list[dict[str, float]]) -> dict[str, float]:
     """Return medians and sums over the rounds."""
     return {
-        "next_answer_ms_p50": round(statistics.median(one["gap_ms"] for one in rounds), 1),
+        "next_answer_ms_p50": median(rounds, "gap_ms"),
         "next_answer_ms_worst": round(max(one["gap_ms"] for one in rounds), 1),
         **{
             name: sum(one[name] for one in rounds)

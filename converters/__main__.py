@@ -1,7 +1,4 @@
-"""``edgewarden-convert``: makes bundles and looks into them. Translates arguments and results; decides nothing.
-
-Exit codes: 0 done, 2 what was given is not acceptable (the message names the file and the field).
-"""
+"""``edgewarden-convert``: makes bundles and looks into them. Translates arguments and results; decides nothing."""
 
 import sys
 from pathlib import Path
@@ -20,12 +17,17 @@ except ModuleNotFoundError as missing:  # an installation without this program's
 import msgspec
 
 from converters.refusal import Refused
+from protocol import __version__
 from protocol.manifest import Calibrator, Manifest, Preprocess, Reference, Resize, TensorSpec
 from protocol.metrics import proportion
 
 BAD_INPUT = 2
 
-program = typer.Typer(no_args_is_help=True, add_completion=False, help="Make bundles and look into them.")
+EXIT_CODES = "Exit codes: 0 done, 2 what was given is not acceptable (the message names the file and the field)."
+
+program = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Make bundles and look into them.", epilog=EXIT_CODES
+)
 
 
 class PackedReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,6 +40,22 @@ class PackedReport(msgspec.Struct, frozen=True, kw_only=True):
     worst_difference: float  # in the output's own units
     absent_classes: tuple[str, ...]
     manifest: Manifest
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"edgewarden-convert {__version__}")
+        raise typer.Exit
+
+
+@program.callback()
+def options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Make bundles and look into them."""
 
 
 @program.command("pack")

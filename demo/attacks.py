@@ -64,16 +64,18 @@ class StolenServer:
     # ------------------------------------------------------------ the disk
     @contextmanager
     def tampered(self, sha256: str) -> Iterator[Path]:
-        """Flip one byte in the middle of a bundle in the artifact folder; mended afterwards."""
-        (path,) = [path for path in self.data.rglob(f"*{sha256}*") if path.is_file()]
-        original = path.read_bytes()
-        middle = len(original) // 2
-        path.chmod(0o600)
-        path.write_bytes(original[:middle] + bytes([original[middle] ^ 1]) + original[middle + 1 :])
+        """Flip one byte in the middle of a bundle in the artifact folder, and of its deltas; mended afterwards."""
+        originals = {path: path.read_bytes() for path in self.data.rglob(f"{sha256}*") if path.is_file()}
+        (bundle,) = [path for path in originals if path.suffix == ".ewb"]
+        for path, original in originals.items():
+            middle = len(original) // 2
+            path.chmod(0o600)
+            path.write_bytes(original[:middle] + bytes([original[middle] ^ 1]) + original[middle + 1 :])
         try:
-            yield path
+            yield bundle
         finally:
-            path.write_bytes(original)
+            for path, original in originals.items():
+                path.write_bytes(original)
 
     @contextmanager
     def forged_release(self, model: str, version: int) -> Iterator[PublishedBundle]:

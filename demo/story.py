@@ -174,6 +174,8 @@ def refuse_tampered(world: World) -> str:
     """Change a byte of a bundle on the server's disk."""
     publish(world, "v1")  # becomes version 4: bytes that no device has yet
     bundle = _published(world, 4)
+    last = world.data / "deltas" / f"{bundle.sha256}.none.json"
+    world.wait("the deltas of version 4, for the thief to change", lambda: last.exists() or None)
     row = world.newest_event()
     with world.thief.tampered(bundle.sha256):
         world.edgewarden("deploy", MODEL, "4", "--device", VICTIM)

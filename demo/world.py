@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -163,6 +163,10 @@ class World:
             "--config",
             str(self.config(name)),
         )
+
+    def local(self, name: str, command: str, *arguments: str) -> Any:
+        """Ask a device's agent on the device itself; return the JSON that it prints."""
+        return json.loads(self._command("agent", command, "--config", str(self.config(name)), *arguments))
 
     def _command(self, module: str, *arguments: str) -> str:
         environment = {

@@ -1,7 +1,4 @@
-"""``edgewarden-server``: reads the command line, runs the server until a signal, and ends in order.
-
-Exit codes: 0 ended on request, 1 could not start or ended by itself, 2 wrong command line or settings.
-"""
+"""``edgewarden-server``: reads the command line, runs the server until a signal, and ends in order."""
 
 import argparse
 import logging
@@ -15,6 +12,7 @@ from pathlib import Path
 import protocol
 from fleet_server.config import BadConfig, ServerConfig, Settings, read_file, settle
 
+EXIT_CODES = "Exit codes: 0 ended on request, 1 could not start or ended by itself, 2 wrong command line or settings."
 _POLL = 1.0  # seconds between looks at whether the web still serves
 _log = logging.getLogger("edgewarden-server")
 
@@ -37,9 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="edgewarden-server", description="The fleet server of Edgewarden.")
-    parser.add_argument("--version", action="version", version=f"edgewarden-server {protocol.__version__}")
-    serve = parser.add_subparsers(dest="command").add_parser("serve", help="run the server")
+    parser = argparse.ArgumentParser(
+        prog="edgewarden-server", description="The fleet server of Edgewarden.", epilog=EXIT_CODES
+    )
+    version = f"edgewarden-server {protocol.__version__}"
+    parser.add_argument("--version", action="version", version=version, help="show the version")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    serve = commands.add_parser("serve", description="Run the server.", help="run the server", epilog=EXIT_CODES)
     serve.add_argument("--data", metavar="DIR", help="folder of everything that lasts")
     serve.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML; flags override them")
     serve.add_argument("--host", metavar="ADDRESS", help="listen here for devices (default: all addresses)")
@@ -53,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="a name or address that devices use for this machine; may be repeated, the first is told to devices",
     )
-    serve.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    levels = ("debug", "info", "warning", "error")
+    serve.add_argument("--log-level", default="info", choices=levels, help="how much is said on stderr")
     return parser
 
 

@@ -40,6 +40,20 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     devices: dict[str, int]  # presence state -> how many
     reports: int  # rows stored
     dead_letters: int
+    trust_warnings: tuple[str, ...] = ()  # what expires soon, and the command that helps
+
+
+class RoleStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One role of the trust metadata, and what to do about it."""
+
+    name: str  # image-root, image-targets, director-root, image-snapshot, image-timestamp, or a family
+    version: int
+    expires: str  # ISO 8601
+    days_left: int  # whole days; negative when it has expired
+    threshold: int  # so many of its keys must sign
+    keys: int
+    warning: str = ""  # a sentence, when someone must act
+    command: str = ""  # what to run then; empty for what the server renews by itself
 
 
 class TrustStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +66,8 @@ class TrustStatus(msgspec.Struct, frozen=True, kw_only=True):
     director_root_version: int | None
     targets_version: int | None
     targets_expires: str | None  # ISO 8601
+    roles: tuple[RoleStatus, ...] = ()
+    targets_versions: dict[str, int] = {}  # ``targets`` and each delegated family
 
 
 class OnlineKeysView(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +75,13 @@ class OnlineKeysView(msgspec.Struct, frozen=True, kw_only=True):
 
     director: dict[str, str]
     image: dict[str, str]
+
+
+class MakeOnlineKeys(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /trust/online-keys: have the server make its next keys; answers with `OnlineKeysView`.
+
+    From then on these are the ones shown; they are taken into use when roots come that name them.
+    """
 
 
 class Roots(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,9 +93,15 @@ class Roots(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Publication(msgspec.Struct, frozen=True, kw_only=True):
-    """POST /models/publish: targets metadata n+1, signed offline. Bundles are uploaded first."""
+    """POST /models/publish: metadata signed offline that takes effect together; what is absent stays as it is.
 
-    targets: bytes
+    Each is the next version of its role, or the same again. Bundles are uploaded first.
+    """
+
+    targets: bytes | None = None
+    delegated: dict[str, bytes] = {}  # family -> targets metadata of its own role
+    image_root: bytes | None = None
+    director_root: bytes | None = None
 
 
 class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,6 +118,7 @@ class ModelVersion(msgspec.Struct, frozen=True, kw_only=True):
     published_at: int
     running_on: int = 0  # devices that serve it now
     accuracy: Proportion | None = None  # from all labelled predictions of this version in the fleet
+    hindrance: str | None = None  # why it must not be newly installed: yanked, or below the floor
 
 
 class TokenRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,6 +147,9 @@ class ModelOnDevice(msgspec.Struct, frozen=True, kw_only=True):
     reason: RejectReason | None = None
     requests: int = 0  # over the recent span
     errors: int = 0
+    dropped: int = 0  # turned away, not among the requests: queue full, and
+    late: int = 0  # of the dropped: for their deadline
+    shed: int = 0  # of the dropped: for their priority, by a device in distress
     p50_us: float | None = None
     p95_us: float | None = None
     accuracy: Proportion | None = None  # of the running version over the recent span
@@ -166,6 +199,9 @@ class SeriesPoint(msgspec.Struct, frozen=True, kw_only=True):
     p50_us: float | None
     p95_us: float | None
     accuracy: Proportion | None
+    dropped: int = 0  # as in `ModelOnDevice`
+    late: int = 0
+    shed: int = 0
 
 
 class DeployRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -22,19 +22,23 @@ from fleet_server.adapters.database.opening import open_database
 from fleet_server.adapters.database.queries import Queries
 from fleet_server.adapters.database.registry import DatabaseDesiredStates, DatabaseRegistry, DatabaseReleases
 from fleet_server.adapters.database.telemetry import DatabaseTelemetry
+from fleet_server.adapters.deltas import DeltaFolder
 from fleet_server.adapters.director import OnlineDirector
 from fleet_server.adapters.durable import make_private_folder
 from fleet_server.adapters.image_repository import ImageFolder
 from fleet_server.adapters.mosquitto import BrokerSettings, ManagedBroker
 from fleet_server.adapters.scheduler import Jobs
 from fleet_server.config import ServerConfig
+from fleet_server.core.offering import pairs_for
 from fleet_server.enrolment import Enrolment
 from fleet_server.ingest import Ingest
+from fleet_server.ports import PublishedBundle
 from fleet_server.publishing import Publishing
 from fleet_server.rollouts import Rollouts
 from fleet_server.web.auth import Doorkeeper, make_admin
 from fleet_server.web.console_app import console_app
 from fleet_server.web.device_app import device_app
+from fleet_server.web.overview import trust_warnings
 from fleet_server.web.services import Parts
 from fleet_server.web.serving import Site, Tls, WebServer, listen
 
@@ -97,6 +101,8 @@ class FleetServer:
 
     def _start(self) -> None:
         self._publishing.catch_up(_now())
+        self._deltas.start()
+        self._stack.callback(self._deltas.stop)
         self._broker.start()
         self._stack.callback(self._broker.stop)
         self._link.start()
@@ -126,6 +132,7 @@ class FleetServer:
         self._director = OnlineDirector(data / "director")
         self._image = ImageFolder(data / "image")
         self._artifacts = ArtifactFolder(data / "bundles")
+        self._deltas = DeltaFolder(data / "deltas", self._artifacts)
         self._build_broker()
         self._build_drivers(DatabaseReleases(engine), hosts[0])
         self._build_web(opening)
@@ -155,7 +162,12 @@ class FleetServer:
 
     def _build_drivers(self, releases: DatabaseReleases, public_host: str) -> None:
         self._publishing = Publishing(
-            releases=releases, director=self._director, image=self._image, artifacts=self._artifacts
+            releases=releases,
+            director=self._director,
+            image=self._image,
+            artifacts=self._artifacts,
+            on_new=partial(self._prepare_deltas, releases),
+            on_director_root=self._follow_director_root,
         )
         self._rollouts = Rollouts(
             registry=self._registry,
@@ -164,6 +176,8 @@ class FleetServer:
             director=self._director,
             uplink=self._link,
             new_id=partial(secrets.token_hex, 6),
+            deltas=self._deltas,
+            hindrance=self._image.hindrance,
         )
         self._enrolment = Enrolment(
             registry=self._registry,
@@ -199,6 +213,7 @@ class FleetServer:
             director=self._director,
             image=self._image,
             artifacts=self._artifacts,
+            deltas=self._deltas,
             broker_up=lambda: self._link.connected,
             epoch=self._epoch,
             clock=_now,
@@ -228,11 +243,16 @@ class FleetServer:
             (10 * MINUTE, "renew desired states", lambda: self._rollouts.renew(_now())),
             (HOUR, "renew image metadata", lambda: self._image.renew(_now())),
             (DAY, "renew certificates", self._renew_certificates),
+            (DAY, "remind of expiring trust", self._remind_of_trust),
             (HOUR, "forget old reports", lambda: self._telemetry.forget(before=_now() - kept)),
             (HOUR, "forget old sessions", lambda: self._accounts.forget_sessions(_now())),
         )
 
     # ------------------------------------------------------------ small errands
+    def _prepare_deltas(self, releases: DatabaseReleases, new: Sequence[PublishedBundle]) -> None:
+        known = [(bundle.release, bundle.sha256) for bundle in releases.bundles()]
+        self._deltas.prepare(pairs_for([(bundle.release, bundle.sha256) for bundle in new], known))
+
     def _admitted(self) -> list[str]:
         return [device.id for device in self._registry.devices() if not device.revoked]
 
@@ -242,7 +262,17 @@ class FleetServer:
     def _greet_broker(self) -> None:
         """After each connection: the broker may have lost rights and retained messages."""
         self._link.admit_all(self._admitted())
+        self._rollouts.follow_root(_now())
         self._rollouts.republish_all()
+
+    def _follow_director_root(self, now: int) -> None:
+        signed = self._rollouts.follow_root(now)
+        if signed:
+            _log.warning("Director root %d: %d desired states signed again", len(self._director.roots()), signed)
+
+    def _remind_of_trust(self) -> None:
+        for warning in trust_warnings(self._director, self._image, _now()):
+            _log.warning("%s", warning)
 
     def _renew_certificates(self) -> None:
         if self._authority.renew(_now()):

@@ -4,10 +4,11 @@ Drivers (`enrolment.py`, `publishing.py`, `rollouts.py`, `ingest.py`) know only 
 `app.py` puts them together. Times are UTC ms unless a name says otherwise.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Protocol
 
+from fleet_server.api_types import Publication
 from protocol.messages import (
     Acknowledgement,
     Birth,
@@ -16,7 +17,7 @@ from protocol.messages import (
     Event,
     Report,
 )
-from protocol.release import Assignment, DeviceConfig, Release
+from protocol.release import Assignment, Delta, DeviceConfig, Release
 from protocol.states import PresenceState
 
 
@@ -52,6 +53,17 @@ class PublishedBundle:
     sha256: str
     length: int
     published_at: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleFact:
+    """What is known of one role of the trust metadata in force."""
+
+    name: str  # image-root, image-targets, director-root, image-snapshot, image-timestamp, or a delegated family
+    version: int
+    expires_at: int
+    threshold: int
+    keys: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +248,13 @@ class Director(Protocol):
     def accept_root(self, root: bytes) -> None:
         """Store the next root (the newest again changes nothing); raise `publishing.Refused`."""
 
+    def make_next_keys(self) -> None:
+        """Make the online keys that the next root shall name; `online_keys` shows them from now on."""
+
+    def root_fact(self) -> RoleFact | None: ...
+    def vouches_for(self, desire: SignedDesire) -> bool:
+        """Tell whether the newest root names the keys that signed a desired state here."""
+
     def sign(
         self, device_id: str, version: int, assigned: Sequence[Assigned], config: DeviceConfig, now: int
     ) -> SignedDesire: ...
@@ -245,21 +264,26 @@ class ImageRepository(Protocol):
     """Keeps what the release team signed offline; adds snapshot and timestamp."""
 
     def online_keys(self) -> dict[str, bytes]: ...
-    def check_root(self, root: bytes) -> None:
-        """Do everything `accept_root` does, except storing."""
+    def make_next_keys(self) -> None:
+        """Make the online keys that the next root shall name; `online_keys` shows them from now on."""
 
-    def accept_root(self, root: bytes) -> None:
-        """Store the next root (the newest again changes nothing); raise `publishing.Refused`."""
+    def check(self, publication: Publication, now: int) -> Sequence[PublishedBundle]:
+        """Do everything `accept` does, except storing."""
 
-    def check_targets(self, targets: bytes, now: int) -> Sequence[PublishedBundle]:
-        """Do everything `accept_targets` does, except storing."""
+    def accept(self, publication: Publication, now: int) -> Sequence[PublishedBundle]:
+        """Take root, targets and families after verifying them together; return every bundle that is named then.
 
-    def accept_targets(self, targets: bytes, now: int) -> Sequence[PublishedBundle]:
-        """Take targets n+1 after verifying it; return every bundle it names. Raises `publishing.Refused`.
-
-        The newest again changes nothing, so that an answer that was lost can be asked for again.
+        Raises `publishing.Refused`. What is in force may come again and changes nothing, so that an answer that was
+        lost can be asked for again.
         """
 
+    def catch_up(self, now: int) -> Sequence[PublishedBundle]:
+        """Finish a publication that was cut short; return every bundle that is named. For the start."""
+
+    def hindrance(self, sha256: str) -> str | None:
+        """Return why a bundle must not be newly installed (yanked, below the floor), or None."""
+
+    def roles(self) -> Sequence[RoleFact]: ...
     def first_root(self) -> bytes | None: ...
     def metadata(self, name: str) -> bytes | None:
         """Return a metadata file by its name (``2.root.json``, ``timestamp.json``, …).
@@ -281,6 +305,43 @@ class Artifacts(Protocol):
         """Open for reading; raise KeyError."""
 
     def length(self, sha256: str) -> int | None: ...
+
+
+class Deltas(Protocol):
+    """Smaller ways from one bundle to another, by digest; a base may be `protocol.release.NO_BASE`."""
+
+    def prepare(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Have deltas made of (base, target) that are not there yet; returns at once."""
+
+    def settle(self, patience: float) -> bool:
+        """Wait for what was asked for, at most so many seconds; tell whether all of it is done."""
+
+    def offer(self, base: str, target: str, methods: Collection[str]) -> Delta | None:
+        """Return the smallest that is ready and made by one of these methods."""
+
+    def open(self, base: str, target: str, method: str) -> tuple[IO[bytes], Delta]:
+        """Open one for reading; raise KeyError."""
+
+
+class NoDeltas:
+    """Every device fetches whole bundles."""
+
+    def prepare(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Make nothing."""
+
+    def settle(self, patience: float) -> bool:
+        """Wait for nothing."""
+        del patience
+        return True
+
+    def offer(self, base: str, target: str, methods: Collection[str]) -> Delta | None:
+        """Offer nothing."""
+        del base, target, methods
+        return None
+
+    def open(self, base: str, target: str, method: str) -> tuple[IO[bytes], Delta]:
+        """Have nothing."""
+        raise KeyError((base, target, method))
 
 
 class Uplink(Protocol):

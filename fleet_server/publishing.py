@@ -1,4 +1,4 @@
-"""Takes in what the release team signed: the trust roots once, then bundles and targets metadata, version by version.
+"""Takes in what the release team signed: trust roots, bundles and targets metadata, version by version.
 
 Knows in which order things are checked and stored: first everything is verified, then it is stored, so that a
 refusal leaves no trace. TUF's own rules are the Image repository's; this driver adds what only the bundles
@@ -7,7 +7,7 @@ themselves can show: each is here, whole, and says of itself what was signed abo
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import IO
@@ -39,20 +39,24 @@ class Publishing:
     director: Director
     image: ImageRepository
     artifacts: Artifacts
+    on_director_root: Callable[[int], object] = lambda _now: None  # the Director's keys may have changed
+    on_new: Callable[[Sequence[PublishedBundle]], object] = lambda _bundles: None
     _turn: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def accept_roots(self, roots: Roots, now: int) -> None:
-        """Take both roots and the Image targets that go with them; raise `Refused`.
-
-        The first time these are versions 1. Later each may be the next version or the same again, so that expiry
-        dates and keys can be renewed.
-        """
-        with self._turn:
-            self.director.check_root(roots.director_root)
-            self.image.accept_root(roots.image_root)
-            self.image.accept_targets(roots.image_targets, now)
-            self.director.accept_root(roots.director_root)
+        """Take both roots and the Image targets that go with them; raise `Refused`. For the first time, and again."""
+        self.publish(
+            Publication(image_root=roots.image_root, targets=roots.image_targets, director_root=roots.director_root),
+            now,
+        )
         _log.info("trust roots accepted")
+
+    def make_next_keys(self) -> None:
+        """Make new online keys; they are used from the roots on that name them."""
+        with self._turn:
+            self.director.make_next_keys()
+            self.image.make_next_keys()
+        _log.warning("new online keys were made; they wait for roots that name them")
 
     def upload(self, stream: Iterator[bytes], sha256: str) -> int:
         """Store a bundle; return its length. Raises `Refused` unless it is whole and a bundle."""
@@ -63,25 +67,35 @@ class Publishing:
         return length
 
     def publish(self, publication: Publication, now: int) -> Sequence[PublishedBundle]:
-        """Take targets n+1; return what is new. Raises `Refused`; then nothing was stored."""
+        """Take what was signed offline; return the bundles that are new. After `Refused` nothing was stored."""
         with self._turn:
-            named = self.image.check_targets(publication.targets, now)
-            known = self.releases.bundles()
-            new = _new_among(named, known)
-            _check_versions(new, known)
-            for bundle in new:
-                self._check_bundle(bundle)
-            self.image.accept_targets(publication.targets, now)
-            self.releases.add_bundles(named)
+            new = self._check(publication, now)
+            if publication.director_root is not None:
+                self.director.accept_root(publication.director_root)
+            if _is_of_image(publication):
+                self.releases.add_bundles(self.image.accept(publication, now))
+        if publication.director_root is not None:
+            self.on_director_root(now)
         for bundle in new:
             _log.info("published %s", bundle.path)
+        self.on_new(new)
         return new
 
     def catch_up(self, now: int) -> None:
-        """Put into the database what a publication that was cut short had signed already; for the start."""
-        targets = self.image.metadata("targets.json")
-        if targets is not None:
-            self.releases.add_bundles(self.image.accept_targets(targets, now))
+        """Finish a publication that was cut short, and put into the database what is signed; for the start."""
+        self.releases.add_bundles(self.image.catch_up(now))
+
+    def _check(self, publication: Publication, now: int) -> Sequence[PublishedBundle]:
+        if publication.director_root is not None:
+            self.director.check_root(publication.director_root)
+        if not _is_of_image(publication):
+            return ()
+        known = self.releases.bundles()
+        new = _new_among(self.image.check(publication, now), known)
+        _check_versions(new, known)
+        for bundle in new:
+            self._check_bundle(bundle)
+        return new
 
     def _check_bundle(self, bundle: PublishedBundle) -> None:
         length = self.artifacts.length(bundle.sha256)
@@ -97,6 +111,10 @@ class Publishing:
             )
         if release_of(manifest, bundle.release.family) != bundle.release:
             raise Refused(f"{bundle.path}: the manifest describes another release than was signed")
+
+
+def _is_of_image(publication: Publication) -> bool:
+    return bool(publication.image_root or publication.targets or publication.delegated)
 
 
 def _new_among(named: Sequence[PublishedBundle], known: Sequence[PublishedBundle]) -> Sequence[PublishedBundle]:

@@ -14,12 +14,15 @@ from dataclasses import dataclass, field
 
 from fleet_server.api_types import DeploymentView, DeployRequest, RollbackRequest
 from fleet_server.core.history import version_before
+from fleet_server.core.offering import bases_of, methods_of
 from fleet_server.ports import (
     Assigned,
+    Deltas,
     DeploymentRecord,
     DesiredStates,
     Device,
     Director,
+    NoDeltas,
     PublishedBundle,
     Registry,
     Releases,
@@ -27,10 +30,11 @@ from fleet_server.ports import (
     Uplink,
 )
 from protocol.messages import Birth
-from protocol.release import Assignment, DeviceConfig
+from protocol.release import Assignment, Delta, DeviceConfig
 
 DESIRE_LIFE_MS = 7 * 24 * 3600 * 1000
 RENEW_BEFORE_MS = DESIRE_LIFE_MS // 2
+DELTA_PATIENCE = 3.0  # seconds that an order waits for deltas under way; later ones are for later orders
 _log = logging.getLogger(__name__)
 
 
@@ -52,11 +56,14 @@ class Rollouts:
     director: Director
     uplink: Uplink
     new_id: Callable[[], str]
+    hindrance: Callable[[str], str | None] = lambda _sha256: None  # why a bundle must not be newly installed
+    deltas: Deltas = field(default_factory=NoDeltas)
     _turn: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def deploy(self, request: DeployRequest, by: str, now: int) -> DeploymentView:
         """Order devices to run a version. Raises `BadOrder`."""
-        bundles = self._bundles_of(request.model, request.version, request.variant)
+        self.deltas.settle(DELTA_PATIENCE)  # of a version that was published a moment ago
+        bundles = self._installable(self._bundles_of(request.model, request.version, request.variant))
         return self._carry_out(
             _Order(kind="deploy", model=request.model, by=by, at=now),
             self._choose(request.devices, everybody=request.all),
@@ -66,7 +73,7 @@ class Rollouts:
     def rollback(self, request: RollbackRequest, by: str, now: int) -> DeploymentView:
         """Order devices back to a version, or each to the one it committed before. Raises `BadOrder`."""
         if request.to is not None:
-            self._bundles_of(request.model, request.to, None)
+            self._installable(self._bundles_of(request.model, request.to, None))
         elif not self.releases.bundles(request.model):
             raise BadOrder(f"no version of model {request.model!r} is published")
         return self._carry_out(
@@ -82,6 +89,17 @@ class Rollouts:
             with self._turn:
                 renewed += self._renew(stale.device, now)
         return renewed
+
+    def follow_root(self, now: int) -> int:
+        """Sign again what the newest Director root does not vouch for: the online keys changed. Return how many."""
+        signed = 0
+        for device in self.registry.devices():
+            with self._turn:
+                desire = self.desired.desired(device.id)
+                if desire is not None and not device.revoked and not self.director.vouches_for(desire):
+                    self._sign(device.id, desire.assigned, desire, now)
+                    signed += 1
+        return signed
 
     def republish_all(self) -> None:
         """Publish every desired state again: the broker may have lost what it retained."""
@@ -130,7 +148,8 @@ class Rollouts:
     def _assign(self, device: str, bundle: PublishedBundle, order_id: str, now: int) -> None:
         before = self.desired.desired(device)
         attempt = 1 + self._highest_attempt(device, bundle, before)
-        entry = Assigned(bundle=bundle, assignment=Assignment(rollout=order_id, attempt=attempt))
+        deltas = self._deltas_to(bundle, self._birth(device))
+        entry = Assigned(bundle=bundle, assignment=Assignment(rollout=order_id, attempt=attempt, deltas=deltas))
         others = [a for a in _assigned(before) if a.bundle.release.model != bundle.release.model]
         assigned = sorted([*others, entry], key=lambda a: a.bundle.path)
         self._sign(device, tuple(assigned), before, now)
@@ -143,17 +162,26 @@ class Rollouts:
             return known
         return max([known, *(m.attempt for m in birth.models if m.model == bundle.release.model)])
 
+    def _deltas_to(self, bundle: PublishedBundle, birth: Birth | None) -> dict[str, Delta]:
+        """Return what is ready for this device; what is not is made for those that are assigned later."""
+        bases = bases_of(birth, bundle.release.model, bundle.sha256)
+        self.deltas.prepare([(base, bundle.sha256) for base in bases])
+        offers = {base: self.deltas.offer(base, bundle.sha256, methods_of(birth)) for base in bases}
+        return {base: delta for base, delta in offers.items() if delta}
+
     def _earlier(self, device: str, request: RollbackRequest) -> PublishedBundle:
         version = request.to
         if version is None:
             wanted = self._wanted_version(device, request.model)
-            version = version_before(self.desired.committed_versions(device, request.model), wanted)
+            committed = self.desired.committed_versions(device, request.model)
+            hindered = self._hindered_versions(request.model)
+            version = version_before([v for v in committed if v == wanted or v not in hindered], wanted)
         if version is None:
             raise _Skip(f"no earlier version of {request.model} was committed here")
         bundles = [b for b in self.releases.bundles(request.model) if b.release.version == version]
         if not bundles:
             raise _Skip(f"version {version} of {request.model} is not published")
-        return _fitting(bundles, self._birth(device))
+        return _fitting(self._installable(bundles), self._birth(device))
 
     def _wanted_version(self, device: str, model: str) -> int | None:
         for assigned in _assigned(self.desired.desired(device)):
@@ -210,6 +238,19 @@ class Rollouts:
             variants = ", ".join(sorted(b.release.variant for b in of_version))
             raise BadOrder(f"{model} {version} has no variant {variant!r}; published are {variants}")
         return chosen
+
+    def _installable(self, bundles: Sequence[PublishedBundle]) -> Sequence[PublishedBundle]:
+        """Return the variants that may be newly installed; raise `BadOrder` with the reason when none may."""
+        reasons = [self.hindrance(bundle.sha256) for bundle in bundles]
+        if all(reasons):
+            raise BadOrder("; ".join(reason for reason in reasons if reason))
+        return [bundle for bundle, reason in zip(bundles, reasons, strict=True) if reason is None]
+
+    def _hindered_versions(self, model: str) -> set[int]:
+        """Return the versions of which no variant may be newly installed."""
+        bundles = self.releases.bundles(model)
+        free = {b.release.version for b in bundles if self.hindrance(b.sha256) is None}
+        return {b.release.version for b in bundles} - free
 
     def _birth(self, device: str) -> Birth | None:
         return self.registry.presence(device).birth

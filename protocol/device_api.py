@@ -14,7 +14,7 @@ CA_PATH = "/device/v1/ca"  # GET -> PEM
 ENROL_PATH = "/device/v1/enroll"  # POST EnrolRequest -> EnrolResponse
 DIRECTOR_METADATA_PATH = "/device/v1/director/metadata"  # GET …/<file>
 IMAGE_METADATA_PATH = "/device/v1/image/metadata"  # GET …/<file>
-BUNDLES_PATH = "/device/v1/bundles"  # GET …/<sha256>, answers Range
+BUNDLES_PATH = "/device/v1/bundles"  # GET …/<sha256>, answers Range; ?from=<sha256>&method=… for a delta of it
 
 AUDIENCE = "edgewarden-server"
 MAX_TOKEN_LIFE = 120  # seconds

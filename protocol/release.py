@@ -6,7 +6,7 @@ rules are python-tuf's; the decision to install is ``agent/core/admission.py``'s
 """
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -15,6 +15,21 @@ from protocol.names import FAMILY_NAME, MODEL_NAME, VARIANT_NAME, check_name
 from protocol.states import Task
 
 DEFAULT_FAMILY = "main"
+# No names for a family with keys of its own: TUF's roles, and how people call the offline roles.
+RESERVED_FAMILIES = frozenset(
+    {"root", "targets", "snapshot", "timestamp", "image-root", "image-targets", "director-root", "online"}
+    | {DEFAULT_FAMILY}
+)
+YANKED = "yanked"  # custom.yanked: why a bundle must not be newly installed
+MAX_YANK_REASON = 200  # characters
+EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # of a floor: its file is empty
+ZSTD, ZSTD_PATCH, BSDIFF = (
+    "zstd",
+    "zstd-patch",
+    "bsdiff",
+)  # how a delta was made; devices pass over what they do not know
+DELTA_METHODS = (ZSTD, ZSTD_PATCH, BSDIFF)
+NO_BASE = "none"  # instead of a base's digest: the delta is the bundle itself, compressed
 _BUNDLE_PATH = re.compile(
     rf"models/({FAMILY_NAME.pattern})/({MODEL_NAME.pattern})-([1-9][0-9]{{0,9}})-({VARIANT_NAME.pattern})\.ewb"
 )
@@ -35,11 +50,31 @@ class Release(msgspec.Struct, frozen=True, kw_only=True):
     needs: Needs
 
 
-class Assignment(msgspec.Struct, frozen=True, kw_only=True):
-    """Why the Director gives a device this bundle: ``custom.assignment``."""
+class ShadowTerms(msgspec.Struct, frozen=True, kw_only=True):
+    """How a candidate is compared before it serves. Shares in per mille: what is signed has no fractions."""
+
+    share: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100  # of the live requests
+    requests: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 200  # compared before a verdict
+    seconds: Annotated[int, msgspec.Meta(ge=1, le=7 * 86400)] = 600  # the verdict comes no later
+    agreement: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 950  # of the answers must name the same class
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True):
+    """A smaller way to a bundle: what to fetch and how it is applied. The rebuilt bundle must be the signed one."""
+
+    method: str  # one of DELTA_METHODS, or one that came later
+    length: int  # bytes of the delta
+    sha256: str  # of the delta, hex
+
+
+class Assignment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Why and how the Director gives a device this bundle: ``custom.assignment``."""
 
     rollout: str  # id of the deployment or rollout
     attempt: int = 1  # a (digest, attempt) that failed is final
+    forced: bool = False  # hold, maintenance hours and the loop breaker do not bind it
+    shadow: ShadowTerms | None = None  # None: it serves after its trial at once
+    deltas: dict[str, Delta] = {}  # by the digest of the bundle each starts from, or NO_BASE
 
 
 class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -106,6 +141,35 @@ def floor_path(family: str, model: str) -> str:
 def is_floor_path(path: str) -> bool:
     """Tell floors from bundles."""
     return _FLOOR_PATH.fullmatch(path) is not None
+
+
+def model_of_floor(path: str) -> str:
+    """Return the model that a floor's path is about."""
+    match = _FLOOR_PATH.fullmatch(path)
+    if match is None:
+        raise ValueError(f"{path!r} is not the path of a floor")
+    return match[2]
+
+
+def family_of_path(path: str) -> str:
+    """Return the family under which a bundle or floor lives: what a delegation covers."""
+    match = _BUNDLE_PATH.fullmatch(path) or _FLOOR_PATH.fullmatch(path)
+    if match is None:
+        raise ValueError(f"{path!r} is neither the path of a bundle nor of a floor")
+    return match[1]
+
+
+def family_pattern(family: str) -> str:
+    """Return the only path pattern of a delegated family. TUF matches segment by segment."""
+    return f"models/{check_name('family', family, FAMILY_NAME)}/*"
+
+
+def yanked_reason(custom: object) -> str | None:
+    """Return why a target was yanked, None when it was not; raise ValueError for a mark that is not a reason."""
+    reason = custom.get(YANKED) if isinstance(custom, dict) else None
+    if reason is not None and not (isinstance(reason, str) and 0 < len(reason) <= MAX_YANK_REASON):
+        raise ValueError(f"custom.{YANKED} must be a reason of 1 to {MAX_YANK_REASON} characters")
+    return reason
 
 
 def _without_floats(value: Any) -> Any:

@@ -15,6 +15,7 @@ class DeploymentState(str, Enum):
     DOWNLOADING = "downloading"  # bytes are coming in
     STAGED = "staged"  # the whole bundle is on disk and its hash is right
     SELFTEST = "selftest"  # the trial child loads it and runs its golden samples
+    SHADOW = "shadow"  # it answers live requests silently and is compared with what serves
     SWAPPING = "swapping"  # the data plane warms it beside the old one and flips
     PROBATION = "probation"  # it serves; the device may still take it back
     COMMITTED = "committed"  # it serves and stays
@@ -37,6 +38,7 @@ class RejectReason(str, Enum):
     NOT_RELEASED = "not-released"  # the Image repository does not name it
     DISAGREEMENT = "disagreement"  # the two repositories differ in length, hash or release
     BELOW_FLOOR = "below-floor"  # older than the lowest version that may run
+    YANKED = "yanked"  # the release team took it back: no new install, what has it keeps it
     HASH_MISMATCH = "hash-mismatch"  # the bytes are not the signed ones
     BAD_BUNDLE = "bad-bundle"  # the container or its manifest is broken
     WRONG_RELEASE = "wrong-release"  # the manifest names another model, version or variant than was signed
@@ -47,6 +49,13 @@ class RejectReason(str, Enum):
     SWAP_FAILED = "swap-failed"  # the data plane could not take it up
     CRASHED_IN_PROBATION = "crashed-in-probation"  # the data plane died while it was on probation
     INTERRUPTED = "interrupted"  # power was lost in probation more often than allowed
+    SHADOW_FAILED = "shadow-failed"  # as a shadow it answered too differently, or took the data plane down
+    TOO_MANY_ERRORS = "too-many-errors"  # in probation it failed requests that the version before answered
+    TOO_SLOW = "too-slow"  # in probation it took much longer than the version before
+    CONFIDENCE_COLLAPSED = "confidence-collapsed"  # in probation it was much less sure than the version before
+    GOLDEN_FAILED = "golden-failed"  # where it serves, its golden samples do not agree
+    LOOPING = "looping"  # so many targets in a short time that something goes round in circles
+    TAKEN_BACK = "taken-back"  # a person at the device took it back
 
 
 class EventKind(str, Enum):
@@ -57,6 +66,7 @@ class EventKind(str, Enum):
     DATA_PLANE = "data-plane"  # the inference process ended or came back
     SPOOL = "spool"  # reports had to be merged or dropped
     AGENT = "agent"  # the agent started, or met trouble an operator should know of
+    GOVERNOR = "governor"  # the device works less hard, or harder again: heat, throttling, memory, power
 
 
 class PresenceState(str, Enum):

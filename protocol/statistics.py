@@ -62,7 +62,9 @@ class ModelStatistics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     digest: str = msgspec.field(name="d")  # short digest of the bundle
     requests: int = msgspec.field(default=0, name="n")  # answered, errors included
     errors: int = msgspec.field(default=0, name="e")
-    dropped: int = msgspec.field(default=0, name="x")  # refused before they ran: queue full, deadline
+    dropped: int = msgspec.field(default=0, name="x")  # turned away, whatever for: queue full, deadline, distress
+    late: int = msgspec.field(default=0, name="xl")  # of the dropped: would have missed, or did miss, their deadline
+    shed: int = msgspec.field(default=0, name="xs")  # of the dropped: not urgent enough for a device in distress
     latency: Histogram = msgspec.field(default_factory=Histogram, name="l")  # of successful requests
     confidence: tuple[int, ...] = msgspec.field(default=(), name="f")  # CONFIDENCE_BINS bins on [0, 1]
     classes: tuple[int, ...] = msgspec.field(default=(), name="c")  # predictions per class
@@ -132,6 +134,8 @@ def merge_models(first: ModelStatistics, second: ModelStatistics) -> ModelStatis
         requests=first.requests + second.requests,
         errors=first.errors + second.errors,
         dropped=first.dropped + second.dropped,
+        late=first.late + second.late,
+        shed=first.shed + second.shed,
         latency=merge_histograms(first.latency, second.latency),
         confidence=add_counts(first.confidence, second.confidence),
         classes=add_counts(first.classes, second.classes),

@@ -65,9 +65,14 @@ def check_golden(model: LoadedModel, path: str | Path, golden: Golden) -> Golden
         raise GoldenUnreadable(f"{path}: {samples.count} samples, the manifest says {golden.samples}")
     worst = 0.0
     for number in range(samples.count):
-        run_sample(model, samples.inputs, number)
-        worst = max(worst, _compare(model, samples, number, golden.tolerance))
+        worst = max(worst, check_sample(model, samples, number, golden.tolerance))
     return GoldenResult(samples=samples.count, worst=worst)
+
+
+def check_sample(model: LoadedModel, samples: GoldenSamples, number: int, tolerance: float) -> float:
+    """Run one golden sample; return by how much it is off, or raise `GoldenMismatch`."""
+    run_sample(model, samples.inputs, number)
+    return _compare(model, samples, number, tolerance)
 
 
 def load_golden(path: str | Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> GoldenSamples:

@@ -7,7 +7,7 @@ tensors are described in Open Inference Protocol words. It stops there: what the
 Errors, by who must act:
 
 - `RuntimeMissing`: nobody installed a usable runtime here; the message says which extra to install.
-- `ModelUnloadable`: the file is not a model that this runtime can load.
+- `ModelUnloadable`: the file is not a model that this runtime can load, or not with this delegate.
 - `ValueError` from `LoadedModel.fill`: the caller's bytes do not fit the tensor.
 - `RuntimeError` from `LoadedModel.invoke`: the runtime gave up on these values.
 
@@ -21,7 +21,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import numpy.typing as npt
@@ -69,19 +69,36 @@ class ModelUnloadable(Exception):
     """The file is not a model that this runtime can load and allocate."""
 
 
+class ExternalDelegate(NamedTuple):
+    """An accelerator's shared library with ``tflite_plugin_create_delegate``, and what it is told.
+
+    It may do to this process whatever it likes, dying included: load it in a child first.
+    """
+
+    library: str
+    options: Mapping[str, str] = MappingProxyType({})
+
+
 def available() -> tuple[RuntimeName, ...]:
     """Return the usable runtimes on this machine, preferred first, without importing any of them."""
     return tuple(name for name in PREFERENCE if _is_usable(name))
 
 
-def open_model(path: str | Path, *, runtime: str = AUTO, threads: int = 1, kernels: str = "") -> "LoadedModel":
+def open_model(
+    path: str | Path,
+    *,
+    runtime: str = AUTO,
+    threads: int = 1,
+    kernels: str = "",
+    delegate: ExternalDelegate | None = None,
+) -> "LoadedModel":
     """Load a model file (memory-mapped) and allocate its tensors.
 
-    ``runtime`` is ``auto`` or a `RuntimeName` value, ``kernels`` one of `KERNELS`. Raises
-    `RuntimeMissing` or `ModelUnloadable`.
+    ``runtime`` is ``auto`` or a `RuntimeName` value, ``kernels`` one of `KERNELS`. What a delegate leaves is run on
+    the kernels. Raises `RuntimeMissing` or `ModelUnloadable`.
     """
     chosen = import_runtime(runtime)
-    return LoadedModel(chosen, _load(chosen, Path(path), threads, kernels), Path(path))
+    return LoadedModel(chosen, _load(chosen, Path(path), threads, kernels, delegate), Path(path))
 
 
 def import_runtime(runtime: str = AUTO) -> RuntimeName:
@@ -182,20 +199,32 @@ def _module(runtime: RuntimeName) -> Any:
         raise RuntimeMissing(f"{runtime.value} is installed but cannot be imported ({error}); {_INSTALL}") from error
 
 
-def _load(runtime: RuntimeName, path: Path, threads: int, kernels: str) -> Any:
+def _load(runtime: RuntimeName, path: Path, threads: int, kernels: str, delegate: ExternalDelegate | None) -> Any:
     if not path.is_file():
         raise ModelUnloadable(f"{path}: there is no such file")
+    module = _module(runtime)
+    delegates = [_load_delegate(module, delegate)] if delegate else None
     try:
-        module = _module(runtime)
         kind = module.OpResolverType[KERNELS[kernels]]
         interpreter = module.Interpreter(
-            model_path=str(path), num_threads=threads, experimental_op_resolver_type=kind
+            model_path=str(path),
+            num_threads=threads,
+            experimental_op_resolver_type=kind,
+            experimental_delegates=delegates,
         )
         interpreter.allocate_tensors()
     except (ValueError, RuntimeError) as error:
         said = str(error) or "it says no reason, as when memory is short"
         raise ModelUnloadable(f"{path}: {runtime.value} cannot load it: {said}") from error
     return interpreter
+
+
+def _load_delegate(module: Any, delegate: ExternalDelegate) -> Any:
+    try:
+        return module.load_delegate(delegate.library, dict(delegate.options))
+    except (OSError, AttributeError, ValueError, RuntimeError) as error:
+        said = " ".join(str(error).split()) or "it says no reason"
+        raise ModelUnloadable(f"delegate {delegate.library} cannot be loaded: {said}") from error
 
 
 # ---------------------------------------------------------------- describing tensors

@@ -5,7 +5,6 @@ Measures only; what is too slow or too large is decided by whoever asked.
 
 import math
 import resource
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,8 @@ def measure_latency(
     model: LoadedModel, clock: Callable[[], int], *, warm_up: int = WARM_UP, runs: int = RUNS
 ) -> Latency:
     """Invoke the model on what it was last filled with; ``clock`` returns ns (`time.perf_counter_ns`)."""
+    import statistics  # it brings decimals and fractions, which a process that only serves does not need
+
     for _ in range(warm_up):
         model.invoke()
     times = sorted(_one_run(model, clock) for _ in range(runs))

@@ -11,6 +11,8 @@ command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ] || packages+=(mosq
 python3 -c 'import ensurepip' 2>/dev/null || packages+=(python3-venv)
 if [ "$what" = dev ]; then
     command -v chromium >/dev/null || packages+=(chromium)
+    command -v softhsm2-util >/dev/null || packages+=(softhsm2)
+    command -v gcc >/dev/null || packages+=(gcc libc6-dev)
 fi
 
 if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then

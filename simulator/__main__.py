@@ -1,4 +1,4 @@
-"""``python -m simulator``: simulated devices against a real server, for demonstrations and capacity planning."""
+"""``edgewarden-simulate``: simulated devices against a real server, for demonstrations and capacity planning."""
 
 import argparse
 import logging
@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agent.ports import Trouble
+from protocol import __version__
 from simulator.device import Scene
 from simulator.fleet import Fleet, device_of, identities_in
 from simulator.traffic import Behaviour, Load
 
+EXIT_CODES = "Exit codes: 0 ended on request or after --seconds, 1 too few enrolled identities, 2 wrong usage."
 log = logging.getLogger("simulator")
 _TOLD_EVERY = 10.0  # seconds
 
@@ -62,9 +64,12 @@ def _scene(chosen: argparse.Namespace) -> Scene:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m simulator", description="Simulated devices that speak to a real broker and server."
+        prog="edgewarden-simulate",
+        description="Simulated devices that speak to a real broker and server.",
+        epilog=EXIT_CODES,
     )
     add = parser.add_argument
+    add("--version", action="version", version=f"edgewarden-simulate {__version__}", help="show the version")
     add("--identity-dir", type=Path, required=True, help="folder with one enrolled identity per sub-folder")
     add("--devices", type=int, help="how many of them to use (all)")
     add("--rate", type=float, default=1.0, help="requests per second and model (%(default)s)")

@@ -17,14 +17,17 @@ from typing import Protocol
 import msgspec
 
 from agent.adapters.mqtt import Ears, Words
-from agent.channel import Serving, TrialVerdict
+from agent.channel import CANDIDATE, SelfTested, Serving, Shadow, ShadowDelta, Shadowing, TrialVerdict
 from agent.core.deployment import running_model
+from agent.core.health import HealthLimits
 from agent.core.merging import merge_payloads
+from agent.core.shadowing import ShadowCounts
 from agent.core.windows import DEFAULT_LENGTH, Windows
 from agent.desire import Desires
 from agent.ports import DeviceFacts, Refusal, StoredModel, Target, TrustVersions, Uplink, VerifiedDesire
 from agent.reporter import Reporter
-from agent.updater import Updater
+from agent.updater import Calm, Updater
+from agent.verdicts import Verdicts
 from protocol import __version__
 from protocol.codec import CODECS, BadMessage, decode_acknowledgement, decode_server_state, encode
 from protocol.manifest import Golden, Manifest
@@ -95,6 +98,8 @@ class SimulatedDevice:
         self._turns: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._traffic = Traffic(device, scene.load)
         self._serving: dict[str, StoredModel] = {}
+        self._candidates: dict[str, StoredModel] = {}
+        self._shadows: dict[str, Shadow] = {}
         self._models: tuple[RunningModel, ...] = ()
         self._stepped = now()
         self._store = SimulatedStore()
@@ -111,18 +116,24 @@ class SimulatedDevice:
         )
         background = InlineBackground(self._turns.put)
         chance = random.Random(device).random  # noqa: S311 - jitter of a simulation
+        plane = FakeDataPlane(self._hear_order, on_shadow=self._hear_shadow, on_test=self._hear_test)
+        self.verdicts = Verdicts(
+            plane=plane, monotonic=monotonic, probation_ms=scene.probation, limits=HealthLimits()
+        )
         self.updater = Updater(
             facts=self._facts,
             deployments=MemoryDeployments(),
             store=self._store,
             downloads=FakeDownloads(),
             trials=SimulatedTrials(scene.failing_versions),
-            plane=FakeDataPlane(self._hear_order),
+            plane=plane,
             background=background,
             events=self.reporter,
             changed=self._announce,
             random=chance,
-            probation_ms=scene.probation,
+            monotonic=monotonic,
+            verdicts=self.verdicts,
+            calm=Calm(),
         )
         self._desires = Desires(
             trust=self._trust,
@@ -157,15 +168,34 @@ class SimulatedDevice:
     # ------------------------------------------------------------ the data plane
     def _serve(self, now: int) -> None:
         span, self._stepped = now - self._stepped, now
-        for stored in self._serving.values():
-            behaviour = self._scene.versions.get(stored.manifest.version, self._scene.behaviour)
-            self.reporter.count(self._traffic.during(span, now, short_digest(stored.digest), behaviour))
+        for model, stored in self._serving.items():
+            delta = self._traffic.during(span, now, short_digest(stored.digest), self._behaviour_of(stored))
+            self.reporter.count(delta)
+            self.verdicts.count(delta)
+            if model in self._shadows and delta.models:
+                self.verdicts.shadowed(self._compare(model, stored, delta.models[0].requests))
+
+    def _behaviour_of(self, stored: StoredModel) -> Behaviour:
+        return self._scene.versions.get(stored.manifest.version, self._scene.behaviour)
+
+    def _compare(self, model: str, stored: StoredModel, requests: int) -> ShadowDelta:
+        """Two classifiers agree about as often as the worse of them is right."""
+        candidate = self._candidates[model]
+        compared = round(requests * self._shadows[model].share)
+        agreement = min(self._behaviour_of(stored).accuracy, self._behaviour_of(candidate).accuracy)
+        counts = ShadowCounts(
+            stable=stored.digest, candidate=candidate.digest, compared=compared, agreed=round(compared * agreement)
+        )
+        return ShadowDelta(model=model, counts=counts)
 
     def _hear_order(self, call: DataPlaneCall) -> None:
+        self._shadows.pop(call.model, None)
+        self._candidates.pop(call.model, None)
         if call.stored is None:
-            self._serving.pop(call.model, None)
+            if call.alias != CANDIDATE:
+                self._serving.pop(call.model, None)
             return
-        self._serving[call.model] = call.stored
+        (self._candidates if call.alias == CANDIDATE else self._serving)[call.model] = call.stored
         answer = Serving(
             ticket=call.ticket,
             model=call.model,
@@ -173,8 +203,20 @@ class SimulatedDevice:
             digest=call.stored.digest,
             runtime=RuntimeName.LITERT,
             took_us=10_000,
+            alias=call.alias,
         )
         self._turns.put(lambda: self.updater.plane_serves(answer, self._now()))
+
+    def _hear_shadow(self, order: Shadow) -> None:
+        self._shadows[order.model] = order
+        digests = self._serving[order.model].digest, self._candidates[order.model].digest
+        told = Shadowing(ticket=order.ticket, model=order.model, stable=digests[0], candidate=digests[1])
+        self._turns.put(lambda: self.verdicts.shadowed(told))
+
+    def _hear_test(self, ticket: int, model: str) -> None:
+        digest = self._serving[model].digest if model in self._serving else ""
+        answer = SelfTested(ticket=ticket, model=model, digest=digest, passed=True, detail="8 golden samples agree")
+        self._turns.put(lambda: self.verdicts.tested(answer))
 
     # ------------------------------------------------------------ the desired state
     def _pursue(self, desire: VerifiedDesire) -> None:

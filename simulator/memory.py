@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from agent.channel import TrialVerdict
+from agent.channel import STABLE, Shadow, TrialVerdict
 from agent.core.deployment import Deployment
 from agent.core.rungs import Rung
 from agent.ports import (
@@ -27,7 +27,7 @@ from agent.ports import (
 )
 from protocol.manifest import Golden, Manifest, Needs, TensorSpec
 from protocol.messages import DesiredState, Resources
-from protocol.release import Assignment, DeviceConfig, release_of
+from protocol.release import Assignment, DeviceConfig, ShadowTerms, release_of
 from protocol.states import RejectReason, Task
 
 RECORD_OVERHEAD = 32  # bytes that a stored record costs beside its payload; as in agent/adapters/spool.py
@@ -153,6 +153,9 @@ class MemoryStore:
         else:
             self._active[model] = digest
 
+    def check_all(self) -> Sequence[tuple[StoredModel, str]]:
+        return [(stored, "") for stored in self.stored.values()]
+
     def collect(self, keep: Sequence[str]) -> None:
         self.calls.append(("collect", *keep))
         self.staged.clear()
@@ -180,21 +183,40 @@ class DataPlaneCall:
     ticket: int
     model: str
     stored: StoredModel | None
+    alias: str = STABLE  # empty with a withdrawal: every version
 
 
 class FakeDataPlane:
-    """`agent.ports.DataPlane`: records what is asked; the test posts the answers itself or gives ``on_call``."""
+    """`agent.ports.DataPlane`: records what is asked; the test posts the answers itself or gives callbacks."""
 
-    def __init__(self, on_call: Callable[[DataPlaneCall], None] | None = None) -> None:
-        """``on_call`` is told of every call, after it was recorded."""
+    def __init__(
+        self,
+        on_call: Callable[[DataPlaneCall], None] | None = None,
+        *,
+        on_shadow: Callable[[Shadow], None] = lambda _: None,
+        on_test: Callable[[int, str], None] = lambda _ticket, _model: None,
+    ) -> None:
+        """Each is told of its calls, after they were recorded."""
         self.calls: list[DataPlaneCall] = []
+        self.shadows: list[Shadow] = []
+        self.tests: list[tuple[int, str]] = []  # ticket, model
         self._on_call = on_call
+        self._on_shadow = on_shadow
+        self._on_test = on_test
 
-    def serve(self, ticket: int, model: StoredModel) -> None:
-        self._note(DataPlaneCall(ticket=ticket, model=model.manifest.model, stored=model))
+    def serve(self, ticket: int, model: StoredModel, alias: str = STABLE) -> None:
+        self._note(DataPlaneCall(ticket=ticket, model=model.manifest.model, stored=model, alias=alias))
 
-    def withdraw(self, ticket: int, model: str) -> None:
-        self._note(DataPlaneCall(ticket=ticket, model=model, stored=None))
+    def withdraw(self, ticket: int, model: str, alias: str = "") -> None:
+        self._note(DataPlaneCall(ticket=ticket, model=model, stored=None, alias=alias))
+
+    def shadow(self, order: Shadow) -> None:
+        self.shadows.append(order)
+        self._on_shadow(order)
+
+    def self_test(self, ticket: int, model: str) -> None:
+        self.tests.append((ticket, model))
+        self._on_test(ticket, model)
 
     def _note(self, call: DataPlaneCall) -> None:
         self.calls.append(call)
@@ -414,12 +436,18 @@ def example_digest(model: str, version: int) -> str:
 
 
 def example_target(
-    model: str = "digits", version: int = 1, *, attempt: int = 1, floor: int = 0, rollout: str = "r-1"
+    model: str = "digits",
+    version: int = 1,
+    *,
+    attempt: int = 1,
+    floor: int = 0,
+    forced: bool = False,
+    shadow: ShadowTerms | None = None,
 ) -> Target:
     """Return a target both repositories could have agreed on."""
     return Target(
         release=release_of(example_manifest(model, version)),
-        assignment=Assignment(rollout=rollout, attempt=attempt),
+        assignment=Assignment(rollout="r-1", attempt=attempt, forced=forced, shadow=shadow),
         sha256=example_digest(model, version),
         length=1000,
         floor=floor,

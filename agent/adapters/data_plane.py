@@ -58,7 +58,7 @@ class DataPlaneProcesses:
         environment: Mapping[str, str] | None = None,
         python: str = sys.executable,
     ) -> None:
-        """``options``: command line of the data plane, such as ``--workers 2``. The sockets stay the caller's."""
+        """``options``: command line of the data plane, such as ``--instances 2``. The sockets stay the caller's."""
         self._sockets = sockets
         self._command = [python, "-m", "agent.inference", *options]
         self._environment = dict(os.environ if environment is None else environment)

@@ -1,252 +1,304 @@
-"""The fleet server over HTTPS: bundles, metadata, enrolment. The only importer of urllib3.
+"""Brings bundles onto this device (port `Downloads`): by a delta, from a mirror, or from the fleet server.
 
-Knows requests, caps and time-outs. It verifies a bundle's length and SHA-256 against what was signed; what may be
-downloaded at all is decided by `trust.py`. Redirects are never followed: the device talks to the one server whose CA
-it pins.
+Knows files, sources and their order of trial; every way ends with the signed length and SHA-256, compared here. What
+is decided on the way stands in ``core/downloading.py``; what may be downloaded at all is decided by `trust.py`.
+
+Of a bundle on its way there are ``<sha256>.part`` (what came of it), ``.delta`` (what came of a delta), ``.made``
+(what the delta made), ``.no-delta`` (a delta failed once; none is tried again), and at last ``.ewb``.
 """
 
 import errno
-import hashlib
 import logging
-import os
 import shutil
-import ssl
+import sys
+import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import IO, NoReturn
-from urllib.parse import urlsplit
+from typing import NoReturn
 
-import msgspec
-import urllib3
-
+from agent.adapters.allowance import Allowance
 from agent.adapters.atomic_file import flush_folder
-from agent.adapters.identity import context_for
-from agent.ports import Refusal, Target, Trouble, Weather
-from protocol.device_api import (
-    BUNDLES_PATH,
-    CA_PATH,
-    DIRECTOR_METADATA_PATH,
-    ENROL_PATH,
-    IMAGE_METADATA_PATH,
-    DeviceApiError,
-    EnrolRequest,
-    EnrolResponse,
-)
-from protocol.messages import DesiredState
-from protocol.names import MAX_BUNDLE, MAX_DESIRED_MESSAGE, MAX_DEVICE_REQUEST, SHA256_HEX, check_name
+from agent.adapters.https import HttpsServer, Mirror
+from agent.adapters.transfer import Cancelled, Transfer, Unusable, hash_of, length_of
+from agent.core.downloading import Offer, Told, choose_delta, sources, space_needed, worth_telling
+from agent.ports import Postponed, Rebuilding, Rebuilds, Refusal, Target, Trouble, Weather
+from protocol.device_api import BUNDLES_PATH
+from protocol.names import MAX_BUNDLE, SHA256_HEX, check_name
+from protocol.release import NO_BASE
 from protocol.states import RejectReason
 
 log = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT = 10.0  # seconds
-READ_TIMEOUT = 30.0  # seconds without a byte; curl's --speed-time has the same default
-MINIMUM_RATE = 128  # bytes per second over READ_TIMEOUT; a drip below it would hold the download for days
-RESERVE = 16 * 1024 * 1024  # bytes of disk that a download leaves free for the agent's own records
-MAX_RETRY_AFTER = 24 * 3600.0  # seconds; a server cannot silence a device for longer
-MAX_ROOT_STEPS = 256  # python-tuf's own limit of root rotations
-_CHUNK = 64 * 1024
-_POOL = 2  # connections kept: metadata may be asked for while a bundle comes in
+SUFFIXES = (".ewb", ".part", ".delta", ".made", ".no-delta")
+TURN_SECONDS = 0.2  # a download that waits for its turn looks so often whether it is still wanted
 _OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
-_OK, _PARTIAL, _UNAUTHORISED, _NOT_FOUND, _CONFLICT, _GONE, _BAD_RANGE = 200, 206, 401, 404, 409, 410, 416
-_BUSY = frozenset({429, 503})
 
+@dataclass(frozen=True, kw_only=True)
+class _Order:
+    """One call of `fetch`."""
 
-class HttpsServer:
-    """Requests to one server, each capped and timed."""
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        tls: Callable[[], ssl.SSLContext],
-        authorise: Callable[[], str] | None = None,
-        monotonic: Callable[[], float] = time.monotonic,
-        read_timeout: float = READ_TIMEOUT,
-    ) -> None:
-        """``tls`` is asked at each request, so a context may be replaced; ``authorise`` returns a bearer token."""
-        self.url = _https(url)
-        self._tls = tls
-        self._authorise = authorise
-        self._monotonic = monotonic
-        self._read_timeout = read_timeout
-        self._pool: urllib3.HTTPSConnectionPool | None = None
-        self._context: ssl.SSLContext | None = None
-
-    @contextmanager
-    def open(
-        self, path: str, *, body: bytes | None = None, headers: dict[str, str] | None = None
-    ) -> Iterator[urllib3.BaseHTTPResponse]:
-        """Yield the answer, whatever its status; raise `Weather` when there is none or it breaks off."""
-        sent = {"Accept-Encoding": "identity", "User-Agent": "edgewarden-agent", **(headers or {})}
-        if self._authorise is not None:
-            sent["Authorization"] = f"Bearer {self._authorise()}"
-        try:
-            response = self._connections().request(
-                "GET" if body is None else "POST",
-                path,
-                body=body,
-                headers=sent,
-                preload_content=False,
-                decode_content=False,
-                redirect=False,
-                retries=False,
-                timeout=urllib3.Timeout(connect=CONNECT_TIMEOUT, read=self._read_timeout),
-            )
-        except urllib3.exceptions.HTTPError as error:
-            raise Weather(f"{self.url} did not answer: {error}") from error
-        try:
-            yield response
-        except (urllib3.exceptions.HTTPError, ssl.SSLError) as error:
-            raise Weather(f"{self.url} broke off: {error}") from error
-        finally:
-            response.close()  # a body that was not read to its end must not be taken for the next answer
-
-    def chunks(self, response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
-        """Yield the body as it comes in; raise `Weather` when it comes too slowly."""
-        since, count = self._monotonic(), 0
-        while chunk := response.read1(_CHUNK):
-            yield chunk
-            count += len(chunk)
-            passed = self._monotonic() - since
-            if passed < self._read_timeout:
-                continue
-            if count < MINIMUM_RATE * passed:
-                raise Weather(f"{self.url} sends only {count} bytes in {passed:.0f} s")
-            since, count = self._monotonic(), 0
-
-    def read(self, response: urllib3.BaseHTTPResponse, cap: int, what: str) -> bytes:
-        """Return the whole body; raise `Refusal` (MALFORMED) when it is over the cap."""
-        data = bytearray()
-        for chunk in self.chunks(response):
-            data += chunk
-            if len(data) > cap:
-                raise Refusal(RejectReason.MALFORMED, f"{what} is over the cap of {cap} bytes")
-        return bytes(data)
-
-    def close(self) -> None:
-        """Close idle connections."""
-        if self._pool is not None:
-            self._pool.close()
-
-    def _connections(self) -> urllib3.HTTPSConnectionPool:
-        context = self._tls()
-        if self._pool is None or context is not self._context:
-            self.close()
-            address = urlsplit(self.url)
-            host = address.hostname or ""
-            self._pool = urllib3.HTTPSConnectionPool(host, address.port, maxsize=_POOL, ssl_context=context)
-            self._context = context
-        return self._pool
-
-
-class HttpsMetadata:
-    """Metadata files of both repositories, each capped by its reader."""
-
-    def __init__(self, server: HttpsServer) -> None:
-        """Requests need a bearer token."""
-        self._server = server
-
-    def image(self, name: str, cap: int) -> bytes | None:
-        """Return a file of the Image repository, or None when the server has none of that name."""
-        return self._file(f"{IMAGE_METADATA_PATH}/{name}", cap)
-
-    def desired_state(self, director_root: int) -> DesiredState:
-        """Return this device's desired state, as ``down/want`` carries it: for when the broker is out of reach."""
-        return DesiredState(
-            root=tuple(self._root_steps(director_root)),
-            timestamp=self._part("timestamp.json"),
-            snapshot=self._part("snapshot.json"),
-            targets=self._part("targets.json"),
-        )
-
-    def _root_steps(self, held: int) -> Iterator[bytes]:
-        for version in range(held + 1, held + 1 + MAX_ROOT_STEPS):
-            root = self._file(f"{DIRECTOR_METADATA_PATH}/{version}.root.json", MAX_DESIRED_MESSAGE)
-            if root is None:
-                return
-            yield root
-
-    def _part(self, name: str) -> bytes:
-        return self._file(f"{DIRECTOR_METADATA_PATH}/{name}", MAX_DESIRED_MESSAGE) or b""
-
-    def _file(self, path: str, cap: int) -> bytes | None:
-        with self._server.open(path) as response:
-            if response.status == _NOT_FOUND:
-                return None
-            if response.status != _OK:
-                _raise_weather(response, path)
-            return self._server.read(response, cap, path)
+    target: Target
+    progress: Callable[[int], None]
+    cancelled: Callable[[], bool]
 
 
 class BundleDownloads:
-    """Bundles (port `Downloads`): ``<sha256>.part`` while one comes in, ``<sha256>.ewb`` when it is right."""
+    """One download at a time."""
 
     def __init__(
         self,
         server: HttpsServer,
         folder: Path,
         *,
+        mirrors: Sequence[Mirror] = (),
+        allowance: Allowance | None = None,
+        rebuilds: Rebuilds | None = None,
+        base: Callable[[str], str | None] = lambda _: None,
+        memory: int = sys.maxsize,
+        spread: Callable[[], float] = lambda: 0.0,
+        is_forced: Callable[[Target], bool] = lambda _: False,
+        tell: Callable[[Target, str], None] = lambda _target, _detail: None,
+        clock: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         free: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free,
     ) -> None:
-        """``free`` returns the bytes that the disk of a folder has left."""
+        """``base`` returns where a stored bundle lies, extracted; ``memory`` is the machine's, in bytes.
+
+        ``spread`` draws the seconds that a new download waits first; ``is_forced`` ones know no daily budget;
+        ``tell`` hears sentences for people, on this thread; ``free`` returns what a folder's disk has left.
+        """
         self._server = server
         self._folder = folder
+        self._mirrors = {mirror.url: mirror for mirror in mirrors}
+        self._allowance = allowance or Allowance()
+        self._rebuilds = rebuilds
+        self._base = base
+        self._memory = memory
+        self._spread = spread
+        self._is_forced = is_forced
+        self._tell = tell
+        self._clock = clock
         self._free = free
+        self._turn = threading.Lock()
+        self._distrusted: set[str] = set()
+        self._waited: set[str] = set()  # downloads that had their first wait
+        self._said = ""  # the last sentence about waiting, so that it is said once
 
     def fetch(self, target: Target, progress: Callable[[int], None], cancelled: Callable[[], bool]) -> str:
         check_name("sha256", target.sha256, SHA256_HEX)
         if target.length > MAX_BUNDLE:
             raise Refusal(RejectReason.NO_SPACE, f"{target.length} bytes are over the cap of {MAX_BUNDLE}")
-        done, part = self._files(target.sha256)
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            if not _is_whole(done, target):
-                transfer = _Transfer(server=self._server, target=target, progress=progress, cancelled=cancelled)
-                self._complete(part, transfer)
-                part.replace(done)
-                flush_folder(self._folder)
-        except Refusal:
-            self.discard(target.sha256)
-            raise
-        except OSError as error:
-            self._raise_disk(error, target.sha256)
+        done = self._file(target, ".ewb")
+        with self._alone(cancelled):
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                if not _is(done, target.length, target.sha256):
+                    self._bring(_Order(target=target, progress=progress, cancelled=cancelled))
+            except Refusal:
+                self.discard(target.sha256)
+                raise
+            except Postponed as postponed:
+                self._tell_once(target, str(postponed))
+                raise
+            except OSError as error:
+                self._raise_disk(error, target.sha256)
         return str(done)
 
     def discard(self, sha256: str) -> None:
-        for path in self._files(check_name("sha256", sha256, SHA256_HEX)):
-            path.unlink(missing_ok=True)
+        check_name("sha256", sha256, SHA256_HEX)
+        for suffix in SUFFIXES:
+            (self._folder / f"{sha256}{suffix}").unlink(missing_ok=True)
 
-    def _files(self, sha256: str) -> tuple[Path, Path]:
-        return self._folder / f"{sha256}.ewb", self._folder / f"{sha256}.part"
+    def _bring(self, order: _Order) -> None:
+        self._wait_first(order.target)
+        came = self._by_delta(order) or self._whole(order)
+        came.replace(self._file(order.target, ".ewb"))
+        flush_folder(self._folder)
+        for suffix in SUFFIXES[1:]:
+            self._file(order.target, suffix).unlink(missing_ok=True)
 
-    def _complete(self, part: Path, transfer: "_Transfer") -> None:
-        target = transfer.target
-        held = _length(part)
-        if held > target.length:
+    # ------------------------------------------------------------ by a delta
+    def _by_delta(self, order: _Order) -> Path | None:
+        """Return the bundle made from a delta, or None when it has to come whole. A delta that fails fails once."""
+        offer = self._offer(order.target)
+        if offer is None or not self._has_room(space_needed(order.target.length, 0, offer.delta)):
+            return None
+        try:
+            made = self._make(order, offer)
+        except Unusable as failed:
+            self._file(order.target, ".no-delta").touch()
+            self._file(order.target, ".delta").unlink(missing_ok=True)
+            self._file(order.target, ".made").unlink(missing_ok=True)
+            self._tell(order.target, f"the {offer.delta.method} delta is of no use, the bundle comes whole: {failed}")
+            return None
+        saved = f"{offer.delta.length} of {order.target.length} bytes"
+        self._tell(order.target, f"it came as a {offer.delta.method} delta: {saved}")
+        return made
+
+    def _offer(self, target: Target) -> Offer | None:
+        if self._rebuilds is None or self._file(target, ".no-delta").exists():
+            return None
+        return choose_delta(
+            target.assignment.deltas,
+            length=target.length,
+            held=length_of(self._file(target, ".part")),
+            methods=self._rebuilds.methods(),
+            has=lambda base: SHA256_HEX.fullmatch(base) is not None and self._base(base) is not None,
+            memory=self._memory,
+        )
+
+    def _make(self, order: _Order, offer: Offer) -> Path:
+        """Fetch a delta and apply it; raise `Unusable` when that does not give the signed bundle."""
+        target, delta = order.target, offer.delta
+        path = f"{BUNDLES_PATH}/{target.sha256}?from={offer.base}&method={delta.method}"
+        came, made = self._file(target, ".delta"), self._file(target, ".made")
+        if self._receive(order, self._server, path, came, delta.length, patient=False) != delta.sha256:
+            raise Unusable(RejectReason.HASH_MISMATCH, "its bytes are not the signed ones")
+        trouble = self._rebuild(offer, came, made, target.length)
+        if trouble:
+            raise Unusable(RejectReason.BAD_BUNDLE, trouble)
+        if not _is(made, target.length, target.sha256):
+            raise Unusable(RejectReason.HASH_MISMATCH, "what it makes is not the signed bundle")
+        return made
+
+    def _rebuild(self, offer: Offer, came: Path, made: Path, length: int) -> str:
+        assert self._rebuilds is not None  # it told its methods
+        folder = "" if offer.base == NO_BASE else self._base(offer.base)
+        if folder is None:
+            return "the bundle it starts from is no longer here"
+        wanted = Rebuilding(
+            method=offer.delta.method,
+            base=offer.base,
+            folder=folder,
+            delta=str(came),
+            made=str(made),
+            length=length,
+        )
+        return self._rebuilds.rebuild(wanted)
+
+    # ------------------------------------------------------------ whole
+    def _whole(self, order: _Order) -> Path:
+        """Bring the bundle itself: from the mirrors in order, then from the server, whose word is final."""
+        part, target = self._file(order.target, ".part"), order.target
+        if length_of(part) > target.length:
             part.unlink()
-            held = 0
-        self._check_space(target.length - held)
-        digest = transfer.receive(part)
-        if digest != target.sha256 and held:
-            # A power cut may have left a hole in the part that was here; only a fresh copy tells on the server.
-            log.info("the part of %s that was on disk is damaged; starting over", target.sha256)
-            part.unlink()
-            digest = transfer.receive(part)
-        if digest != target.sha256:
+        self._check_room(space_needed(target.length, length_of(part)))
+        for source in sources(tuple(self._mirrors), self._distrusted):
+            if source is None:
+                self._from_server(order, part)
+            elif not self._from_mirror(order, part, self._mirrors[source]):
+                continue
+            break
+        return part
+
+    def _from_server(self, order: _Order, part: Path) -> None:
+        held, path = length_of(part), f"{BUNDLES_PATH}/{order.target.sha256}"
+        try:
+            digest = self._receive(order, self._server, path, part, order.target.length)
+            if digest != order.target.sha256 and held:
+                # A power cut may have left a hole in the part that was here; only a fresh copy tells on the server.
+                log.info("the part of %s that was on disk is damaged; starting over", order.target.sha256)
+                part.unlink()
+                digest = self._receive(order, self._server, path, part, order.target.length)
+        except Unusable as failed:
+            raise Refusal(failed.reason, failed.detail) from failed
+        if digest != order.target.sha256:
             raise Refusal(RejectReason.HASH_MISMATCH, f"the server's bytes have the SHA-256 {digest}")
 
-    def _check_space(self, needed: int) -> None:
-        free = self._free(self._folder)
-        if free < needed + RESERVE:
-            raise Refusal(
-                RejectReason.NO_SPACE, f"{needed} bytes to come, {RESERVE} in reserve, {free} free on the disk"
+    def _from_mirror(self, order: _Order, part: Path, mirror: Mirror) -> bool:
+        """Return whether the whole bundle came; a mirror that is away is passed over, one that lies for good."""
+        try:
+            path = mirror.path_of(f"{order.target.sha256}.ewb")
+            digest = self._receive(order, mirror, path, part, order.target.length, patient=False)
+        except (Cancelled, Postponed):
+            raise
+        except Weather as weather:
+            log.info("mirror passed over: %s", weather)
+            return False
+        except Unusable as failed:
+            if failed.reason is not RejectReason.HASH_MISMATCH:
+                log.info("mirror %s passed over: %s", mirror.url, failed)
+                return False
+            digest = ""
+        if digest == order.target.sha256:
+            return True
+        part.unlink(missing_ok=True)
+        self._distrusted.add(mirror.url)
+        self._tell(order.target, f"mirror {mirror.url} sends other bytes than were signed, and is asked no more")
+        return False
+
+    def _receive(
+        self, order: _Order, server: HttpsServer, path: str, part: Path, length: int, *, patient: bool = True
+    ) -> str:
+        if length_of(part) == length:  # all of it is here: nothing is taken
+            with part.open("rb") as file:
+                return hash_of(file).hexdigest()
+        self._allowance.begin(forced=self._is_forced(order.target))
+        try:
+            return Transfer(
+                server=server,
+                path=path,
+                length=length,
+                allowance=self._allowance,
+                cancelled=order.cancelled,
+                progress=self._progress(order, part, length),
+                patient=patient,
+            ).receive(part)
+        finally:
+            self._allowance.end()
+
+    # ------------------------------------------------------------ waiting, telling, room
+    @contextmanager
+    def _alone(self, cancelled: Callable[[], bool]) -> Iterator[None]:
+        while not self._turn.acquire(timeout=TURN_SECONDS):
+            if cancelled():
+                raise Cancelled("the download was cancelled while it waited for its turn")
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    def _wait_first(self, target: Target) -> None:
+        """Postpone a new download once, so that a fleet does not come all at once."""
+        if target.sha256 in self._waited or length_of(self._file(target, ".part")):
+            return
+        self._waited.add(target.sha256)
+        if seconds := self._spread():
+            raise Postponed(
+                f"the download begins in {seconds:.0f} s, for a fleet not to come at once", retry_after=seconds
             )
+
+    def _progress(self, order: _Order, part: Path, length: int) -> Callable[[int], None]:
+        told = Told(quarter=4 * length_of(part) // max(1, length), at=self._clock())
+
+        def step(done: int) -> None:
+            nonlocal told
+            if part.suffix == ".part":
+                order.progress(done)
+            if news := worth_telling(told, done, length, self._clock()):
+                told = news
+                self._tell(order.target, f"{100 * done // length} % of {length} bytes are here")
+
+        return step
+
+    def _tell_once(self, target: Target, detail: str) -> None:
+        if detail != self._said:
+            self._said = detail
+            self._tell(target, detail)
+
+    def _has_room(self, needed: int) -> bool:
+        return self._free(self._folder) >= needed
+
+    def _check_room(self, needed: int) -> None:
+        if not self._has_room(needed):
+            free = self._free(self._folder)
+            detail = (
+                f"{needed} bytes are needed to come, to be extracted, and in reserve; {free} are free on the disk"
+            )
+            raise Refusal(RejectReason.NO_SPACE, detail)
 
     def _raise_disk(self, error: OSError, sha256: str) -> NoReturn:
         if error.errno in _OUT_OF_SPACE:
@@ -254,196 +306,13 @@ class BundleDownloads:
             raise Refusal(RejectReason.NO_SPACE, f"the disk is full: {error}") from error
         raise Trouble(f"cannot keep a download in {self._folder}: {error}", remedy="Check the disk") from error
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Transfer:
-    """One bundle on its way into its part file."""
-
-    server: HttpsServer
-    target: Target
-    progress: Callable[[int], None]
-    cancelled: Callable[[], bool]
-
-    def receive(self, part: Path) -> str:
-        """Bring the part to its full length, from where it stands; return its SHA-256."""
-        with part.open("a+b") as file:
-            digest = _hash(file)
-            if file.tell() < self.target.length:
-                digest = self._request(file, digest)
-        return digest.hexdigest()
-
-    def _request(self, file: IO[bytes], digest: "hashlib._Hash") -> "hashlib._Hash":
-        offset = file.tell()
-        headers = {"Range": f"bytes={offset}-"} if offset else {}
-        with self.server.open(f"{BUNDLES_PATH}/{self.target.sha256}", headers=headers) as response:
-            _check_status(response, file)
-            if response.status == _OK and offset:  # the server does not do ranges: from the start again
-                file.truncate(0)
-                offset, digest = 0, hashlib.sha256()
-            self._check_announced(response, offset, file)
-            try:
-                self._copy(response, file, offset, digest)
-            except (Weather, urllib3.exceptions.HTTPError):
-                _flush(file)  # what came so far is kept
-                raise
-            _flush(file)
-        return digest
-
-    def _copy(self, response: urllib3.BaseHTTPResponse, file: IO[bytes], held: int, digest: "hashlib._Hash") -> None:
-        length = self.target.length
-        for chunk in self.server.chunks(response):
-            held += len(chunk)
-            if held > length:
-                raise Refusal(RejectReason.HASH_MISMATCH, "the server sends more bytes than were signed")
-            file.write(chunk)
-            digest.update(chunk)
-            self.progress(held)
-            if self.cancelled():
-                raise Weather("the download was cancelled")
-        if held < length:
-            raise Weather(f"the server stopped {length - held} bytes before the end")
-
-    def _check_announced(self, response: urllib3.BaseHTTPResponse, offset: int, file: IO[bytes]) -> None:
-        """Refuse, before reading, an answer that announces other bytes than were asked for."""
-        length = self.target.length
-        if response.status == _PARTIAL and not _continues(response, offset, length):
-            file.truncate(0)
-            raise Weather(f"the server answered another range: {response.headers.get('Content-Range')!r}")
-        announced = response.headers.get("Content-Length", "")
-        if announced.isdecimal() and int(announced) > length - offset:
-            raise Refusal(RejectReason.HASH_MISMATCH, f"the server announces {announced} bytes, signed are {length}")
+    def _file(self, target: Target, suffix: str) -> Path:
+        return self._folder / f"{target.sha256}{suffix}"
 
 
-class HttpsEnrolment:
-    """The open part of the device API (port `EnrolmentServer`)."""
-
-    def __init__(self, url: str, *, read_timeout: float = READ_TIMEOUT) -> None:
-        """``url``: ``https://host:port``."""
-        self.url = _https(url)
-        self._read_timeout = read_timeout
-
-    def ca(self) -> str:
-        with warnings.catch_warnings():
-            # Nobody can vouch for the server yet: the caller compares what comes with the token's pin.
-            warnings.simplefilter("ignore", urllib3.exceptions.InsecureRequestWarning)
-            return self._ask(_unverified(), CA_PATH, None).decode("ascii", "replace")
-
-    def enrol(self, request: EnrolRequest, ca: str) -> EnrolResponse:
-        body = self._ask(context_for(ca), ENROL_PATH, msgspec.json.encode(request))
-        try:
-            return msgspec.json.decode(body, type=EnrolResponse)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise Trouble(
-                f"{self.url} answered something else than a certificate: {error}",
-                remedy="Check that the address is the fleet server's device port",
-            ) from error
-
-    def _ask(self, context: ssl.SSLContext, path: str, body: bytes | None) -> bytes:
-        server = HttpsServer(self.url, tls=lambda: context, read_timeout=self._read_timeout)
-        headers = {"Content-Type": "application/json"} if body is not None else {}
-        try:
-            with server.open(path, body=body, headers=headers) as response:
-                answer = server.read(response, MAX_DEVICE_REQUEST, path)
-                if not _OK <= response.status < 300:  # noqa: PLR2004 - the end of HTTP's successes
-                    self._raise_answer(response, answer)
-                return answer
-        except Refusal as error:
-            raise Trouble(str(error), remedy="Check that the address is the fleet server's device port") from error
-        finally:
-            server.close()
-
-    def _raise_answer(self, response: urllib3.BaseHTTPResponse, answer: bytes) -> NoReturn:
-        if response.status >= 500 or response.status in _BUSY:  # noqa: PLR2004 - HTTP's server errors
-            _raise_weather(response, response.geturl() or self.url)
-        try:
-            said = msgspec.json.decode(answer, type=DeviceApiError)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            said = DeviceApiError(error=f"{self.url} refused with status {response.status}")
-        raise Trouble(said.error, remedy=said.remedy or _remedy(response.status))
-
-
-def _remedy(status: int) -> str:
-    if status == _CONFLICT:
-        return (
-            "Either the server has no trust roots yet (the operator runs `edgewarden keys init`), "
-            "or this id is enrolled already (choose another, or let the operator open it)"
-        )
-    if status in (_UNAUTHORISED, 403):
-        return "Ask the operator for a new token: this one is unknown, used up or expired"
-    return "Check that the address is the fleet server's device port"
-
-
-def _check_status(response: urllib3.BaseHTTPResponse, file: IO[bytes]) -> None:
-    if response.status in (_OK, _PARTIAL):
-        return
-    if response.status in (_NOT_FOUND, _GONE):
-        raise Refusal(RejectReason.UNREACHABLE, f"the server has no such bundle (status {response.status})")
-    if response.status == _BAD_RANGE:
-        file.truncate(0)
-    _raise_weather(response, "the bundle")
-
-
-def _raise_weather(response: urllib3.BaseHTTPResponse, what: str) -> NoReturn:
-    raise Weather(f"the server answered {what} with status {response.status}", retry_after=_retry_after(response))
-
-
-def _retry_after(response: urllib3.BaseHTTPResponse) -> float | None:
-    """Return the seconds of Retry-After. A date in it is read against the answer's own Date, not our clock."""
-    said = response.headers.get("Retry-After", "").strip()
-    if said.isdecimal():
-        return min(float(said), MAX_RETRY_AFTER)
-    try:
-        until = parsedate_to_datetime(said)
-        seconds = (until - parsedate_to_datetime(response.headers.get("Date", ""))).total_seconds()
-    except (ValueError, TypeError):
-        return None
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER)
-
-
-def _continues(response: urllib3.BaseHTTPResponse, offset: int, length: int) -> bool:
-    return response.headers.get("Content-Range", "") == f"bytes {offset}-{length - 1}/{length}"
-
-
-def _is_whole(path: Path, target: Target) -> bool:
-    if _length(path) != target.length or not path.exists():
+def _is(path: Path, length: int, sha256: str) -> bool:
+    """Tell whether a file is there and is the signed one."""
+    if length_of(path) != length or not path.exists():
         return False
     with path.open("rb") as file:
-        return _hash(file).hexdigest() == target.sha256
-
-
-def _length(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def _hash(file: IO[bytes]) -> "hashlib._Hash":
-    """Return the SHA-256 of all that a file holds; leaves the file at its end."""
-    digest = hashlib.sha256()
-    left = os.fstat(file.fileno()).st_size
-    file.seek(0)
-    while left and (chunk := file.read(min(left, _CHUNK))):
-        digest.update(chunk)
-        left -= len(chunk)
-    return digest
-
-
-def _flush(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _unverified() -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-def _https(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme != "https" or not parts.hostname or "@" in parts.netloc or parts.path.strip("/") or parts.query:
-        raise Trouble(f"{url!r} is not a server's address", remedy="It looks like https://host:8443")
-    return f"https://{parts.netloc}"
+        return hash_of(file).hexdigest() == sha256

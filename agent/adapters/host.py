@@ -49,6 +49,11 @@ class MachineHost:
             temperature=self._ask("temperature", _hottest),
         )
 
+    def memory_available(self) -> int | None:
+        """Return how many bytes programs may still take without swapping; any thread may ask."""
+        memory = self._ask("memory", psutil.virtual_memory)
+        return int(memory.available) if memory else None
+
     def facts(self) -> dict[str, str]:
         """Return what does not change while the agent runs; an unknown fact is left out."""
         memory = self._ask("memory", psutil.virtual_memory)

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
@@ -31,11 +32,12 @@ _BENCH = ".bench.json"  # after the digest: what was measured of a bundle here
 class FolderStore:
     """A model store in one folder of its own."""
 
-    def __init__(self, root: Path) -> None:
-        """Make the folder; leftovers of a killed process are removed."""
+    def __init__(self, root: Path, *, delegates: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Make the folder; leftovers of a killed process are removed. ``delegates``: the mark of each that is set."""
         self._models = root / "models"
         self._pointer = root / "active.json"
         self._verified: dict[str, StoredModel] = {}
+        self._delegates = delegates
         self._models.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self._models / _STAGING, ignore_errors=True)
 
@@ -75,7 +77,8 @@ class FolderStore:
 
     def note_rungs(self, digest: str, rungs: Sequence[Rung]) -> None:
         """Keep what was measured of a stored bundle, beside it."""
-        write_atomically(self._bench(digest), msgspec.json.encode(rungs))
+        marked = [msgspec.structs.replace(rung, mark=self._delegates.get(rung.delegate, "")) for rung in rungs]
+        write_atomically(self._bench(digest), msgspec.json.encode(marked))
         if stored := self._verified.get(digest):
             self._remember(digest, stored.manifest)
 
@@ -104,11 +107,23 @@ class FolderStore:
                 self._verified.pop(folder.name, None)
                 shutil.rmtree(folder, ignore_errors=True)
 
+    def check_all(self) -> Sequence[tuple[StoredModel, str]]:
+        """Hash every stored bundle again; return each with what is wrong with it, or nothing.
+
+        A damaged one stays: it may be loaded, and what is in memory is whole. The next start leaves it out.
+        """
+        return [(stored, _damage_of(Path(stored.folder))) for stored in tuple(self._verified.values())]
+
     def _remember(self, digest: str, manifest: Manifest) -> StoredModel:
         folder = str(self._models / digest)
-        stored = StoredModel(digest=digest, folder=folder, manifest=manifest, rung=choose(self._rungs(digest)))
+        rungs = [rung for rung in self._rungs(digest) if self._is_as_measured(rung)]
+        stored = StoredModel(digest=digest, folder=folder, manifest=manifest, rung=choose(rungs))
         self._verified[digest] = stored
         return stored
+
+    def _is_as_measured(self, rung: Rung) -> bool:
+        """A delegate that is no longer set, or whose library was replaced, has not been tried with this bundle."""
+        return not rung.delegate or rung.mark == self._delegates.get(rung.delegate)
 
     def _bench(self, digest: str) -> Path:
         return self._models / f"{check_name('digest', digest, SHA256_HEX)}{_BENCH}"
@@ -120,6 +135,14 @@ class FolderStore:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             log.warning("what was measured of %s is unreadable: %s", digest[:16], error)
             return ()
+
+
+def _damage_of(folder: Path) -> str:
+    try:
+        _verify(folder)
+    except Refusal as refusal:
+        return refusal.detail
+    return ""
 
 
 def _verify(folder: Path) -> Manifest:

@@ -22,7 +22,7 @@ class CapturePolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     models: tuple[str, ...] = ()  # empty: all
     margin_below: Share = 0.0  # best score minus second best; 0: not a trigger
     entropy_above: Share = 1.0  # of the scores, 1 is the most there can be; 1: not a trigger
-    disagreement: bool = False  # a shadow model answered otherwise; nothing tells of that yet
+    disagreement: bool = False  # the candidate, in the shadow, gave another class
     random: Share = 0.0  # chance of any request
     class_quota: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0  # first samples of each class a day; 0: none
     samples_per_day: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 100

@@ -18,6 +18,7 @@ Text = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
 Command = Annotated[tuple[Text, ...], msgspec.Meta(min_length=1, max_length=64)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(ge=0.05, le=86400)]
+Priority = Annotated[int, msgspec.Meta(ge=1, le=10)]  # as clients name it: a lower number goes first
 Waiting = Annotated[int, msgspec.Meta(ge=1, le=65536)]
 
 
@@ -48,6 +49,10 @@ class MqttSource(Part, frozen=True, kw_only=True, tag="mqtt"):
     qos: Literal[0, 1] = 0
     username: str = ""
     password_file: str = ""
+    tls: bool = False
+    ca_file: str = ""  # signs the broker's certificate; empty: the system's
+    certificate_file: str = ""  # of this client, where the broker asks for one
+    key_file: str = ""
 
 
 class ExecSource(Part, frozen=True, kw_only=True, tag="exec"):
@@ -122,6 +127,10 @@ class MqttSink(Part, frozen=True, kw_only=True, tag="mqtt"):
     retain: bool = False
     username: str = ""
     password_file: str = ""
+    tls: bool = False
+    ca_file: str = ""  # as of the source
+    certificate_file: str = ""
+    key_file: str = ""
     queue: Waiting = 1000
 
 
@@ -154,6 +163,7 @@ class PipelineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     policy: Literal["latest", "every"] = "latest"  # latest: a newer frame takes the place of one that waits
     queue: Waiting = 16  # frames that may wait under ``every``; the source waits beyond that
     max_frame: Annotated[int, msgspec.Meta(ge=1, le=2**28)] = 16 * 1024 * 1024  # bytes
+    priority: Priority = 8  # of its requests; a client's is 5 unless it says otherwise, so a person's call goes first
     outputs: bool = False  # results carry the outputs' numbers too; those of models without classes always do
     source: Source
     preprocess: Preprocess = RawPreprocess()
@@ -174,6 +184,9 @@ def check_pipelines(pipelines: Sequence[PipelineSettings]) -> None:
     for one in pipelines:
         if isinstance(one.source, IntervalSource):
             _check_interval(one.name, one.source)
+        for part in (one.source, *one.sinks):
+            if isinstance(part, MqttSource | MqttSink):
+                _check_broker(one.name, part)
 
 
 def _check_interval(name: str, source: IntervalSource) -> None:
@@ -181,3 +194,13 @@ def _check_interval(name: str, source: IntervalSource) -> None:
         raise BadPipeline(f"pipeline {name}: an interval source has either a path or a command")
     if bool(source.seconds) == bool(source.cron):
         raise BadPipeline(f"pipeline {name}: an interval source has either seconds or cron")
+
+
+def _check_broker(name: str, part: MqttSource | MqttSink) -> None:
+    """Nobody shall believe that a connection is protected when it is not."""
+    if (part.ca_file or part.certificate_file or part.key_file) and not part.tls:
+        raise BadPipeline(f"pipeline {name}: files for TLS are named for {part.host}, but tls is not true")
+    if bool(part.certificate_file) != bool(part.key_file):
+        raise BadPipeline(f"pipeline {name}: certificate_file and key_file go together")
+    if part.password_file and not part.username:
+        raise BadPipeline(f"pipeline {name}: a password_file needs a username")

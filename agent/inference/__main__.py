@@ -15,35 +15,40 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from agent.channel import CHANNEL_FD, EXIT_HUNG, LISTEN_FDS, Channel, ChannelClosed
-from agent.config import AgentSettings, load_settings
+from agent.core.delegates import Delegate
 from agent.inference.configured import Configured
 from agent.inference.engine import Engine
 from agent.inference.http import Limits
 from agent.inference.kernel import die_with_parent, limit_memory, memory_available
-from agent.inference.ladder import bench
 from agent.inference.loading import CannotServe, Settings
 from agent.inference.orders import Orders
 from agent.inference.repository import FLEET_DECIDES, Repository
 from agent.inference.routes import Routes
 from agent.inference.server import Beside, Server
 from agent.inference.service import Service
+from agent.inference.spare import Waiting
 from agent.inference.statistics import Statistics
 from agent.inference.truth import TruthRing
-from agent.inference.unmanaged import Argument, greeting
 from agent.inference.watchdog import INVOKE_SECONDS, Hang, Watchdog
 from agent.listening import CannotListen, ListeningSockets, inherited_descriptors, parse_tcp
-from protocol.settings import BadSettings
 from runtime.interpreter import AUTO, RuntimeMissing, import_runtime
 
+# What control's child does not need is imported by the modes that do: its start is what clients wait for.
 if TYPE_CHECKING:
+    from agent.config import AgentSettings
     from agent.inference.grpc_server.server import GrpcServer
 
 log = logging.getLogger(__name__)
 
+A_MODEL = "bundle folder, .ewb or .tflite"
+SERVE_DOES = "serve models without a fleet"
+SERVE_EXIT_CODES = "Exit codes: 0 after SIGTERM or Ctrl-C, 2 wrong usage, or a model or an address cannot be served."
+BENCH_DOES = "measure a model on every runtime and number of threads here"
+BENCH_EXIT_CODES = "Exit codes: 0 done, 1 no runtime can run the model, 2 wrong usage, or no such model."
+DEFAULT_CONFIG = "/etc/edgewarden/agent.toml"
 DEFAULT_HTTP = "127.0.0.1:8000"  # the port that Triton's clients try
 EXIT_USAGE = 2
 LAST_ANSWERS_SECONDS = 1.0  # a process that ends for a model that hangs gives the others this long
@@ -54,7 +59,7 @@ STACK_BYTES = 1024 * 1024  # of a client's thread: the default of 8 MiB would co
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run until told to stop; return the exit code."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     if options.mode == "bench":
         return _bench(options)
     if options.mode == "serve":
@@ -65,16 +70,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m agent.inference", description="Serves TFLite models.")
+    # People reach it as edgewarden-agent, which hands these two modes on.
+    parser = argparse.ArgumentParser(prog="edgewarden-agent", description="Serves TFLite models.")
+    levels = ["debug", "info", "warning", "error"]
+    parser.add_argument("--log-level", default="info", choices=levels, help="how much is said on stderr")
     _add_limits(parser)
+    parser.add_argument(
+        "--allow-repository-control",
+        action="store_true",
+        help="local clients may load and unload what the fleet manages",
+    )
     modes = parser.add_subparsers(dest="mode")
-    bench_parser = modes.add_parser("bench", help="measure a model on every runtime and number of threads")
-    bench_parser.add_argument("model", type=Path, metavar="BUNDLE_OR_TFLITE")
+    bench_parser = modes.add_parser("bench", description=BENCH_DOES, help=BENCH_DOES, epilog=BENCH_EXIT_CODES)
+    bench_parser.add_argument("model", type=Path, metavar="BUNDLE_OR_TFLITE", help=A_MODEL)
     bench_parser.add_argument("--json", action="store_true", help="the table as JSON")
-    serve = modes.add_parser("serve", help="serve models without a fleet")
+    bench_parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help=f"take [[inference.delegate]] of an agent.toml (default: {DEFAULT_CONFIG}, if there is one)",
+    )
+    serve = modes.add_parser("serve", description=SERVE_DOES, help=SERVE_DOES, epilog=SERVE_EXIT_CODES)
     _add_limits(serve)
     serve.add_argument("--config", type=Path, metavar="FILE", help="take [[pipeline]] and [capture] of an agent.toml")
-    serve.add_argument("models", nargs="+", type=Path, metavar="BUNDLE_OR_TFLITE")
+    serve.add_argument("models", nargs="+", type=Path, metavar="BUNDLE_OR_TFLITE", help=A_MODEL)
     serve.add_argument("--unix", type=Path, metavar="PATH", help="listen on a Unix socket")
     serve.add_argument("--http", metavar="HOST:PORT", help=f"listen on loopback TCP (default {DEFAULT_HTTP})")
     return parser
@@ -83,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runtime", default=AUTO, help="auto, litert or tflite-runtime")
     parser.add_argument("--threads", type=_positive, default=1, help="threads of one interpreter")
-    parser.add_argument("--workers", type=_positive, default=1, help="interpreters of each model")
+    parser.add_argument("--instances", type=_positive, default=1, help="interpreters of each model")
+    hidden = argparse.SUPPRESS  # its name until it was called as in agent.toml
+    parser.add_argument("--workers", dest="instances", type=_positive, default=hidden, help=hidden)
     parser.add_argument("--queue", type=_positive, default=64, help="requests that may wait for a model")
     parser.add_argument("--grpc", metavar="HOST:PORT", help="answer gRPC on loopback TCP too; needs the extra grpc")
     parser.add_argument("--max-body", type=_positive, default=Limits().body_bytes, help="largest request, in bytes")
@@ -94,11 +115,6 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         "--memory-bytes", type=int, default=0, help="what may be taken beside the runtime's own; 0: all"
     )
     parser.add_argument("--feedback-on-tcp", action="store_true", help="take feedback on TCP too, not only on Unix")
-    parser.add_argument(
-        "--allow-repository-control",
-        action="store_true",
-        help="local clients may load and unload what a fleet manages",
-    )
 
 
 def _positive(text: str) -> int:
@@ -110,7 +126,7 @@ def _positive(text: str) -> int:
 # ---------------------------------------------------------------- building
 def _engine(options: argparse.Namespace) -> Engine:
     return Engine(
-        settings=Settings(runtime=options.runtime, threads=options.threads, workers=options.workers),
+        settings=Settings(runtime=options.runtime, threads=options.threads, instances=options.instances),
         statistics=Statistics(),
         truth=TruthRing(),
         now_ms=lambda: time.time_ns() // 1_000_000,
@@ -163,7 +179,9 @@ def _grpc(service: Service, options: argparse.Namespace, *, shared: bool) -> "Gr
     return GrpcServer(service, host, port, max_body=options.max_body, shared=shared)
 
 
-def _open(server: Server, configured: Configured) -> None:
+def _open(server: Server, configured: Configured, waiting: Waiting | None = None) -> None:
+    if waiting is not None:
+        waiting.step_in()
     server.open()
     configured.start()
 
@@ -174,11 +192,29 @@ def _drain(server: Server, configured: Configured) -> None:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    from agent.inference.ladder import bench
+    from protocol.settings import BadSettings
+
     try:
-        return bench(options.model, as_json=options.json, cores=os.cpu_count() or 1)
-    except CannotServe as error:
+        delegates = _delegates(options.config)
+        return bench(options.model, as_json=options.json, cores=os.cpu_count() or 1, delegates=delegates)
+    except (BadSettings, CannotServe) as error:
         print(f"edgewarden: {error}", file=sys.stderr)  # noqa: T201 - a command says why it stops
         return EXIT_USAGE
+
+
+def _delegates(config: Path | None) -> tuple[Delegate, ...]:
+    """Return those of a settings file, which is the agent's where there is one and none is given."""
+    file = config or Path(DEFAULT_CONFIG)
+    if config is None and not os.access(file, os.R_OK):
+        return ()
+    return _settings(file).inference.delegates
+
+
+def _settings(file: Path) -> "AgentSettings":
+    from agent.config import load_settings
+
+    return load_settings(file)
 
 
 # ---------------------------------------------------------------- control's child
@@ -192,12 +228,14 @@ def _serve_managed(options: argparse.Namespace) -> int:
     configured = Configured(engine)
     beside = _grpc_or_none(service, options)
     server = _server(sockets, engine, service, options, managed=True, beside=beside, configured=configured)
+    waiting = Waiting()
     orders = Orders(
         channel,
         engine,
         repository,
+        on_prepare=waiting.prepare,
         on_configure=configured.configure,
-        on_open=lambda: _open(server, configured),
+        on_open=lambda: _open(server, configured, waiting),
         on_drain=lambda: _drain(server, configured),
     )
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in a terminal reaches control, which drains this process
@@ -242,6 +280,10 @@ def _end_for(hang: Hang, engine: Engine, server: Server, orders: Orders | None =
 
 # ---------------------------------------------------------------- on its own
 def _serve_unmanaged(options: argparse.Namespace) -> int:
+    from tempfile import TemporaryDirectory
+
+    from protocol.settings import BadSettings
+
     try:
         with TemporaryDirectory(prefix="edgewarden-serve-") as scratch:
             return _serve_models(options, Path(scratch))
@@ -251,6 +293,8 @@ def _serve_unmanaged(options: argparse.Namespace) -> int:
 
 
 def _serve_models(options: argparse.Namespace, scratch: Path) -> int:
+    from agent.inference.unmanaged import Argument, greeting
+
     arguments = [Argument(path, scratch) for path in options.models]
     names = [argument.servable.model for argument in arguments]
     if len(set(names)) != len(names):
@@ -262,6 +306,7 @@ def _serve_models(options: argparse.Namespace, scratch: Path) -> int:
     configured = Configured(engine)
     try:
         _configure_alone(configured, options)
+        _limit_memory(options)
         for argument in arguments:
             repository.serve(argument.servable, argument.read_again)
         service = Service(engine, repository)
@@ -284,14 +329,16 @@ def _serve_models(options: argparse.Namespace, scratch: Path) -> int:
 def _configure_alone(configured: Configured, options: argparse.Namespace) -> None:
     """Take over pipelines and capture from a settings file; the rest of it is the agent's. Raises `BadSettings`."""
     if options.config is not None:
-        settings = load_settings(options.config)
+        settings = _settings(options.config)
         configured.adopt(settings.pipelines, settings.capture, _state_of(settings, options.config))
 
 
-def _state_of(settings: AgentSettings, file: Path) -> Path | None:
+def _state_of(settings: "AgentSettings", file: Path) -> Path | None:
     """Return the folder for samples and their key; nothing but capture needs one."""
     if not settings.capture.enabled:
         return None
+    from protocol.settings import BadSettings
+
     state = Path(settings.device.state)
     if not state.is_dir():
         raise BadSettings(str(file), 0, f"device.state: {state} is not a folder, and capture needs one")

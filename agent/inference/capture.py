@@ -97,13 +97,30 @@ class Capture:
         request_id: str,
         inputs: Sequence[Buffer],
         outputs: Sequence[bytes],
-        *,
-        disagrees: bool = False,
-    ) -> None:
-        """Decide about a request that was answered, and copy it if it is chosen. Never raises, never waits."""
+    ) -> bool:
+        """Decide about a request that was answered, and copy it if it is chosen. Never raises, never waits.
+
+        Returns whether a trigger chose it, also if it cannot be kept.
+        """
         try:
-            self._offer(found, request_id, inputs, outputs, disagrees=disagrees)
+            return self._offer(found, request_id, inputs, outputs, disagrees=False)
         except Exception as error:  # noqa: BLE001 - a client must not feel it
+            self._fail(error)
+        return False
+
+    def disagreed(
+        self,
+        found: "Generation",
+        request_id: str,
+        inputs: Sequence[Buffer],
+        outputs: Sequence[bytes],
+    ) -> None:
+        """Decide again about a request that nothing chose: the candidate answered it otherwise. Never raises."""
+        if not self.policy.disagreement:
+            return
+        try:
+            self._offer(found, request_id, inputs, outputs, disagrees=True)
+        except Exception as error:  # noqa: BLE001 - the shadow goes on
             self._fail(error)
 
     def _offer(
@@ -114,22 +131,23 @@ class Capture:
         outputs: Sequence[bytes],
         *,
         disagrees: bool,
-    ) -> None:
+    ) -> bool:
         now = self._now_ms()
         seen = self._seen(found, outputs, disagrees=disagrees)
         day = today(self._day, now)
         trigger = choose(self.policy, seen, day)
         if trigger is None:
-            return
+            return False
         size = sum(map(len, inputs)) + sum(map(len, outputs)) + OVERHEAD
         if reason := refuse(self.policy, day, seen, trigger, size):
             self.refused[reason.value] += 1
-            return
+            return True
         sample = _copy(found, request_id, inputs, outputs, at=now, trigger=trigger, label=seen.label)
         try:
             self._queue.put_nowait(_Chosen(seen=seen, trigger=trigger, sample=sample))
         except Full:
             self.dropped += 1
+        return True
 
     def _seen(self, found: "Generation", outputs: Sequence[bytes], *, disagrees: bool) -> Seen:
         servable, chance = found.servable, self._chance()

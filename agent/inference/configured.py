@@ -18,11 +18,10 @@ from agent.core.pipelines import PipelineSettings
 from agent.inference.engine import Engine
 from agent.inference.http import Response
 from agent.inference.parsing import Head, HttpError
-from agent.inference.pipelines.building import build
 from agent.inference.pipelines.group import NoRoom, NotPushed, Pipelines, UnknownPipeline
 from agent.inference.routes import SMALL_BODY, Plan
 
-if TYPE_CHECKING:  # importing it costs memory that is not needed while nothing is captured
+if TYPE_CHECKING:  # what is not configured is not imported: it costs memory, and time at every start
     from agent.inference.capture import Capture
 
 log = logging.getLogger(__name__)
@@ -49,9 +48,12 @@ class Configured:
 
     def adopt(self, pipelines: Sequence[PipelineSettings], policy: CapturePolicy, state: Path | None) -> None:
         """Build pipelines and begin to capture. ``state``: folder of this device's own."""
-        self._pipelines = Pipelines([build(one, self._engine) for one in pipelines], state)
+        if pipelines:
+            from agent.inference.pipelines.building import build
+
+            self._pipelines = Pipelines([build(one, self._engine) for one in pipelines], state)
         self._policy = policy
-        if state is not None and (policy.enabled or (state / "captures").is_dir()):
+        if state is not None and _needs_capture(policy, state):
             try:
                 self._begin_capture(policy, state)
             except Exception as error:  # noqa: BLE001 - without capture, and saying so, serving goes on
@@ -145,6 +147,19 @@ class Configured:
         yield from self._pipelines.metrics()
         if self._capture is not None:
             yield from self._capture.metrics()
+
+
+def modules_for(order: Configure) -> Iterator[str]:
+    """Return what this process would import for these settings, for whoever wants it imported before."""
+    if order.pipelines:
+        yield "agent.inference.pipelines.building"
+    if order.state and _needs_capture(order.capture, Path(order.state)):
+        yield "agent.inference.capture"
+        yield "agent.inference.samples"
+
+
+def _needs_capture(policy: CapturePolicy, state: Path) -> bool:
+    return policy.enabled or (state / "captures").is_dir()
 
 
 def _asked_state(query: str) -> Any:

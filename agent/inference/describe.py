@@ -58,7 +58,22 @@ def model_config(generation: Generation) -> Json:
         "input": [_config_tensor(spec) for spec in signature.inputs],
         "output": [_config_tensor(spec) for spec in signature.outputs],
         "instance_group": [{"name": signature.model, "kind": "KIND_CPU", "count": generation.interpreters}],
+        "parameters": {name: {"string_value": value} for name, value in _parameters(generation).items()},
     }
+
+
+def _parameters(generation: Generation) -> dict[str, str]:
+    """Return what Triton's configuration has no field for: how numbers are quantised, and on what the model runs."""
+    signature = generation.signature
+    told = {"threads": str(generation.threads)}
+    if generation.delegate:
+        told["delegate"] = generation.delegate
+    for kind, specs in (("input", signature.inputs), ("output", signature.outputs)):
+        for spec in specs:
+            if spec.scale is not None:
+                told[f"quantization.{kind}.{spec.name}.scale"] = repr(spec.scale)
+                told[f"quantization.{kind}.{spec.name}.zero_point"] = str(spec.zero_point or 0)
+    return told
 
 
 def model_statistics(generations: Iterable[Generation]) -> Json:
@@ -74,6 +89,9 @@ def prometheus(engine: Engine) -> str:
     for one in engine.all():
         labels = f'model="{one.servable.model}",version="{one.servable.version}"'
         lines.append(f"nv_inference_pending_request_count{{{labels}}} {one.waiting}")
+    if engine.governed is not None:  # absent where nobody governs
+        lines += _family("edgewarden_governor_level", "gauge", "0 normal, 1 eased, 2 strained, 3 distress")
+        lines.append(f"edgewarden_governor_level {engine.governed.level.rank}")
     return "\n".join(lines) + "\n"
 
 
@@ -85,6 +103,7 @@ _METRICS = (
         lambda t: {',reason="REJECTED"': t.rejected, ',reason="BACKEND"': t.failure},
     ),
     ("edgewarden_deadline_missed", "Requests turned away for their deadline", lambda t: {"": t.late}),
+    ("edgewarden_shed", "Requests turned away for their priority, in distress", lambda t: {"": t.shed}),
     ("nv_inference_count", "Inferences performed", lambda t: {"": t.success}),
     ("nv_inference_exec_count", "Model executions", lambda t: {"": t.success}),
     ("nv_inference_request_duration_us", "Queue and compute time, cumulative", lambda t: {"": t.success_ns // 1000}),

@@ -14,16 +14,20 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from agent.channel import CANDIDATE, STABLE
+from agent.channel import CANDIDATE, STABLE, Govern
+from agent.core.delegates import Delegate
+from agent.core.governor import TABLE, Level, Measures, part
 from agent.core.shadowing import ShadowCounts
 from agent.inference.generation import WAIT_SECONDS, Generation, Tap, Taps
 from agent.inference.loading import CannotServe, Servable, Settings, load
 from agent.inference.pool import QUEUE_LIMIT, TurnedAway
 from agent.inference.shadow import Shadow
 from agent.inference.statistics import Statistics
+from agent.inference.tensors import Signature
 from agent.inference.truth import TruthRing
 from agent.inference.watchdog import Watchdog
 from protocol.states import RuntimeName
+from runtime.interpreter import LoadedModel
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +47,7 @@ class Flip:
     runtime: RuntimeName
     took_us: int  # load, warm-up and flip; the old one's last requests are not in it
     stop_start: bool = False  # the old one was dropped first
+    without_delegate: str = ""  # why it runs without the one that is preferred
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +85,12 @@ class Engine:
         self._memory_available = memory_available
         self._taps = Taps()
         self._preferred: dict[str, Settings] = {}  # by digest
+        self._without_delegate: dict[str, str] = {}  # by digest: why the preferred one is not used
         self._shadows: dict[str, Shadow] = {}  # by model
         self._ended: list[EndedShadow] = []
         self._changing = threading.Lock()
+        self._governing = threading.Lock()  # never held for long
+        self._governed: Govern | None = None
         # Both are replaced as a whole, never changed.
         self._serving: Mapping[Key, Generation] = {}
         self._gaps: Mapping[str, threading.Event] = {}  # models between two versions: the event ends the wait
@@ -124,10 +132,13 @@ class Engine:
         return f"version {(version or STABLE)[:20]!r} of {model} is not served here; version {numbers} is served"
 
     # ------------------------------------------------------------ changing
-    def prefer(self, digest: str, *, runtime: str, threads: int) -> None:
+    def prefer(self, digest: str, *, runtime: str, threads: int, delegate: Delegate | None = None) -> None:
         """Load this bundle with another runtime or other threads than are set; empty and 0 stand for what is set."""
         usual = self._settings
-        self._preferred[digest] = replace(usual, runtime=runtime or usual.runtime, threads=threads or usual.threads)
+        self._preferred[digest] = replace(
+            usual, runtime=runtime or usual.runtime, threads=threads or usual.threads, delegate=delegate
+        )
+        self._without_delegate.pop(digest, None)
 
     def serve(self, servable: Servable, alias: str = STABLE) -> Flip:
         """Let a bundle take up its name; raise `CannotServe`, and what served before serves on."""
@@ -150,7 +161,13 @@ class Engine:
                 if old is not None:
                     self._drop(old)
         log.info("%s %d serves on %s after %d ms", servable.model, servable.version, new.runtime.value, took // 1000)
-        return Flip(servable=servable, runtime=new.runtime, took_us=took, stop_start=stop_start)
+        return Flip(
+            servable=servable,
+            runtime=new.runtime,
+            took_us=took,
+            stop_start=stop_start,
+            without_delegate=self._without_delegate.get(servable.digest, ""),
+        )
 
     def withdraw(self, model: str, alias: str = "") -> None:
         """Stop serving a model, or only what has this alias; one that is not served is fine."""
@@ -177,11 +194,11 @@ class Engine:
             stable, candidate = known[STABLE], known[CANDIDATE]
             if stable is None or candidate is None:
                 raise CannotServe(f"{model} has no stable version and candidate that serve here side by side")
-            shadow = Shadow(
-                stable, candidate, share=share, cpu=cpu, threads=self._settings_of(candidate.servable).threads
-            )
+            shadow = Shadow(stable, candidate, share=share, cpu=cpu, threads=candidate.threads)
             self._end_shadow(model, "another one begins")
-            self._shadows[model] = shadow
+            with self._governing:
+                shadow.pause(paused=not self._measures.shadow)
+                self._shadows[model] = shadow
             shadow.start()
             return stable, candidate
 
@@ -206,6 +223,63 @@ class Engine:
             shadow.stop()
             self._ended.append(EndedShadow(model=model, reason=reason, counts=shadow.take()))
 
+    # ------------------------------------------------------------ how hard is worked
+    @property
+    def governed(self) -> Govern | None:
+        """Return the order that stands, if control gave one."""
+        return self._governed
+
+    def govern(self, order: Govern) -> None:
+        """Work as hard as is ordered, from now on; `rethread` does what takes longer."""
+        with self._governing:
+            self._governed = order
+            for one in self.all():
+                self._ease(one)
+            for shadow in self._shadows.copy().values():
+                shadow.pause(paused=not self._measures.shadow)
+
+    def rethread(self) -> None:
+        """Load again, each beside itself, what has other threads than are ordered. What cannot be stays as it is."""
+        for key in self._serving:
+            with self._changing:
+                old = self._serving.get(key)
+                if old is not None and self._should_rethread(old):
+                    self._rethread(key, old)
+
+    @property
+    def _measures(self) -> Measures:
+        return self._governed.measures if self._governed else TABLE[Level.NORMAL]
+
+    def _ease(self, one: Generation) -> None:
+        measures = self._measures
+        one.pool.restrict(width=part(one.interpreters, measures.interpreters), lowest=measures.lowest)
+
+    def _eased(self, settings: Settings) -> Settings:
+        return replace(settings, threads=part(settings.threads, self._measures.threads))
+
+    def _should_rethread(self, old: Generation) -> bool:
+        """Where a delegate does the work, threads hardly matter, and it may not be had twice."""
+        settings = self._settings_of(old.servable)
+        if settings.delegate or old.threads == self._eased(settings).threads or not self._measures.reload:
+            return False
+        if not self._has_room(old.servable):
+            log.info("%s keeps %d threads: memory is short for loading it twice", old.servable.model, old.threads)
+            return False
+        return True
+
+    def _rethread(self, key: Key, old: Generation) -> None:
+        try:
+            new = self._load(old.servable)
+        except CannotServe as error:
+            log.warning("%s keeps %d threads: %s", old.servable.model, old.threads, error)
+            return
+        self._put(key, new)
+        if shadow := self._shadows.get(key[0]):
+            stable, candidate = self.versions(key[0])
+            shadow.follow(stable, candidate)
+        self._drop(old)
+        log.info("%s %d goes on with threads: %d", new.servable.model, new.servable.version, new.threads)
+
     # ------------------------------------------------------------ end
     def tap(self, capture: Tap | None) -> None:
         """Let every answered request be looked at from now on, or no more."""
@@ -217,7 +291,9 @@ class Engine:
             self.withdraw(generation.servable.model)
 
     def _put(self, key: Key, new: Generation) -> None:
-        self._serving = {**self._serving, key: new}
+        with self._governing:  # an order that comes now meets either what is eased here, or what serves
+            self._ease(new)
+            self._serving = {**self._serving, key: new}
 
     def _remove(self, key: Key) -> None:
         self._serving = {name: one for name, one in self._serving.items() if name != key}
@@ -242,7 +318,7 @@ class Engine:
         return available is None or servable.manifest is None or available >= self._needs(servable)
 
     def _needs(self, servable: Servable) -> int:
-        return servable.manifest.needs.memory * self._settings.workers if servable.manifest else 0
+        return servable.manifest.needs.memory * self._settings.instances if servable.manifest else 0
 
     def _make_room(self, key: Key, servable: Servable) -> bool:
         """Tell whether the old one is to go first; a candidate never costs the stable version its place."""
@@ -280,8 +356,9 @@ class Engine:
         return self._preferred.get(servable.digest, self._settings)
 
     def _load(self, servable: Servable) -> Generation:
-        with self.watchdog.loading(servable, self._settings.workers):
-            models, signature = load(servable, self._settings_of(servable))
+        with self.watchdog.loading(servable, self._settings.instances):
+            threads = self._eased(self._settings_of(servable)).threads
+            models, signature = self._load_models(servable)
         counters = self.statistics.counters(
             model=servable.model,
             version=servable.version,
@@ -299,7 +376,28 @@ class Engine:
             wait_seconds=self._wait_seconds,
             taps=self._taps,
             watchdog=self.watchdog,
+            threads=threads,
+            delegate=self._delegate_of(servable),
         )
+
+    def _delegate_of(self, servable: Servable) -> str:
+        delegate = self._settings_of(servable).delegate
+        return delegate.name if delegate else ""
+
+    def _load_models(self, servable: Servable) -> tuple[tuple[LoadedModel, ...], Signature]:
+        """Load as is preferred. An accelerator that is gone, busy or wrong costs speed, not the model."""
+        settings = self._settings_of(servable)
+        try:
+            return load(servable, self._eased(settings))
+        except CannotServe as error:
+            if settings.delegate is None:
+                raise
+            log.error("it is loaded without delegate %s: %s", settings.delegate.name, error)
+            self._without_delegate[servable.digest] = f"{settings.delegate.name}: {error}"
+        without = replace(settings, delegate=None)
+        loaded = load(servable, self._eased(without))
+        self._preferred[servable.digest] = without
+        return loaded
 
     def _drop(self, old: Generation) -> None:
         old.retire()

@@ -7,11 +7,13 @@ is decided in `pool`; which generation serves under a name is the engine's busin
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 from agent.inference.loading import Servable
 from agent.inference.pool import (
+    DEFAULT_PRIORITY,
     LOWEST,
     NORMAL,
     QUEUE_LIMIT,
@@ -46,8 +48,13 @@ class ModelFailed(Exception):
 class Tap(Protocol):
     """Looks at requests that were answered."""
 
-    def offer(self, found: "Generation", request_id: str, inputs: Sequence[Buffer], outputs: Sequence[bytes]) -> None:
-        """Take a look, at once; never raises. The inputs are overwritten afterwards."""
+    def offer(self, found: "Generation", request_id: str, inputs: Sequence[Buffer], outputs: Sequence[bytes]) -> bool:
+        """Take a look, at once, and tell whether it is kept; never raises. The inputs are overwritten afterwards."""
+
+    def disagreed(
+        self, found: "Generation", request_id: str, inputs: Sequence[Buffer], outputs: Sequence[bytes]
+    ) -> None:
+        """Look again at a request that was not kept: the candidate answered otherwise. Never raises."""
 
 
 class Taps:
@@ -82,13 +89,17 @@ class Generation:
         wait_seconds: float = WAIT_SECONDS,
         watchdog: Watchdog | None = None,
         taps: Taps | None = None,
+        threads: int = 1,
+        delegate: str = "",
     ) -> None:
-        """Take over loaded models; each is one interpreter."""
+        """Take over loaded models; each is one interpreter and was loaded with so many threads, on this delegate."""
         self.servable = servable
         self.signature = signature
         self.counters = counters
         self.runtime = models[0].runtime
         self.interpreters = len(models)
+        self.threads = threads
+        self.delegate = delegate
         self.pool = Pool(models, queue_limit)
         self._truth = truth
         self._now_ms = now_ms
@@ -113,11 +124,16 @@ class Generation:
             raise TooLate("the answer was ready only after the deadline")
         prediction = self._predict(run.outputs)
         self._count(request_id, run, prediction, queued)
-        if self.shadow is not None and prediction is not None:
-            self.shadow.offer(inputs, prediction)
-        if self._taps.capture is not None:
-            self._taps.capture.offer(self, request_id, inputs, run.outputs)
+        tap, shadow = self._taps.capture, self.shadow
+        kept = tap is not None and tap.offer(self, request_id, inputs, run.outputs)
+        if shadow is not None and prediction is not None:
+            shadow.offer(inputs, prediction, request_id, () if kept else run.outputs)
         return run.outputs
+
+    def disagreed(self, request_id: str, inputs: Sequence[Buffer], outputs: Sequence[bytes]) -> None:
+        """Hear that the candidate answered a request otherwise than it was answered here."""
+        if self._taps.capture is not None:
+            self._taps.capture.disagreed(self, request_id, inputs, outputs)
 
     def rehearse(self, inputs: Sequence[Buffer]) -> tuple[Prediction, int]:
         """Answer a classifier's request that nobody asked: last in line, not counted. Returns the time in ns too."""
@@ -128,6 +144,20 @@ class Generation:
             self.pool.give_back(model)
         assert self._predictor is not None  # only classifiers are compared
         return self._predictor.predict(run.outputs[0]), run.read - run.started
+
+    @contextmanager
+    def borrow(self) -> Iterator[LoadedModel]:
+        """Lend an interpreter to the device's own ends: last in line, watched, not counted.
+
+        Raises what `Pool.lease` raises.
+        """
+        model = self.pool.lease(Urgency(LOWEST), self._wait_seconds)
+        self._watchdog.begin(model, self.servable)
+        try:
+            yield model
+        finally:
+            self._watchdog.end(model)
+            self.pool.give_back(model)
 
     def misfit(self) -> None:
         """Count a request whose tensors do not fit: a new version that broke its clients must show."""
@@ -152,9 +182,12 @@ class Generation:
         try:
             return self.pool.lease(urgency, self._wait_seconds)
         except TurnedAway as refusal:
-            self.counters.dropped(late=isinstance(refusal, TooLate))
+            self.counters.dropped(late=isinstance(refusal, TooLate), shed=isinstance(refusal, Shed))
             raise
         except NoneFree:
+            if urgency.priority > DEFAULT_PRIORITY:  # it let others go first, which is no fault of the model
+                self.counters.dropped(late=True)
+                raise TooLate(f"more urgent requests took all of {self._wait_seconds:g} s") from None
             self.counters.failed(self._now_ms())
             raise ModelFailed(f"no interpreter came free within {self._wait_seconds:g} s") from None
 

@@ -59,6 +59,7 @@ class HttpConnection:
         self._limits = limits
         self._clock = clock
         self._buffer = bytearray(limits.head_bytes)
+        self._view = memoryview(self._buffer)
         self._start = self._end = 0  # the bytes between were received and not used yet
         self._body = bytearray()
         # The kernel keeps the deadlines that hold for most calls; Python's own cost two system calls each time.
@@ -74,7 +75,7 @@ class HttpConnection:
                 return None
             end = self._finish_head()
         self.idle = False
-        head = parse_head(bytes(self._buffer[self._start : end]))
+        head = parse_head(bytes(self._view[self._start : end]))
         self._start = end + len(END_OF_HEAD)
         return head
 
@@ -142,7 +143,7 @@ class HttpConnection:
     def _receive_head(self, seconds: float | None = None) -> bool:
         """Wait for some bytes of a head, for as long as a connection may be idle if no seconds are said."""
         try:
-            got = self._receive_into(memoryview(self._buffer)[self._end :], seconds)
+            got = self._receive_into(self._view[self._end :], seconds)
         except TimeoutError:
             return False
         if not got and not self.idle:
@@ -158,7 +159,7 @@ class HttpConnection:
     # ------------------------------------------------------------ reading a body
     def _take_buffered(self, view: memoryview) -> int:
         got = min(len(view), self._end - self._start)
-        view[:got] = self._buffer[self._start : self._start + got]
+        view[:got] = self._view[self._start : self._start + got]
         self._start += got
         return got
 

@@ -12,6 +12,7 @@ from typing import IO
 
 import msgspec
 
+from agent.core.delegates import Delegate
 from agent.inference.tensors import Signature
 from protocol.bundle import BadBundle, digest_of_stream, unpack
 from protocol.manifest import MANIFEST_NAME, BadManifest, Calibrator, Golden, Manifest, TensorSpec, decode_manifest
@@ -19,7 +20,15 @@ from protocol.names import MAX_MANIFEST, MODEL_NAME
 from protocol.states import RuntimeName, Task
 from runtime.golden import GoldenMismatch, GoldenUnreadable, check_golden
 from runtime.images import ImageReader
-from runtime.interpreter import AUTO, LoadedModel, ModelUnloadable, RuntimeMissing, available, open_model
+from runtime.interpreter import (
+    AUTO,
+    ExternalDelegate,
+    LoadedModel,
+    ModelUnloadable,
+    RuntimeMissing,
+    available,
+    open_model,
+)
 
 QUANTISATION_TOLERANCE = 1e-6  # relative: a scale is a float32 in the file and a decimal in the manifest
 
@@ -66,7 +75,8 @@ class Settings:
     runtime: str = AUTO
     threads: int = 1  # of one interpreter
     kernels: str = ""  # see `runtime.interpreter.KERNELS`
-    workers: int = 1  # interpreters of one model, each with its own copy of the weights
+    delegate: Delegate | None = None
+    instances: int = 1  # interpreters of one model, each with its own copy of the weights
 
 
 # ---------------------------------------------------------------- finding
@@ -137,7 +147,7 @@ def load(servable: Servable, settings: Settings) -> tuple[tuple[LoadedModel, ...
     """Load every worker's copy, check and warm it; raise `CannotServe` with nothing left open."""
     models: list[LoadedModel] = []
     try:
-        for _ in range(settings.workers):
+        for _ in range(settings.instances):
             models.append(load_one(servable, settings))
             run_golden(servable, models[-1])
     except CannotServe:
@@ -155,6 +165,7 @@ def load_one(servable: Servable, settings: Settings) -> LoadedModel:
             runtime=choose_runtime(servable, settings),
             threads=settings.threads,
             kernels=settings.kernels,
+            delegate=_external(settings.delegate),
         )
     except (ModelUnloadable, RuntimeMissing, ValueError, MemoryError) as error:
         raise CannotServe(f"{servable.model} {servable.version}: {_said(error)}") from error
@@ -164,6 +175,12 @@ def load_one(servable: Servable, settings: Settings) -> LoadedModel:
         model.close()
         raise
     return model
+
+
+def _external(delegate: Delegate | None) -> ExternalDelegate | None:
+    if delegate is None:
+        return None
+    return ExternalDelegate(delegate.library, {name: str(value) for name, value in delegate.options.items()})
 
 
 def choose_runtime(servable: Servable, settings: Settings) -> str:

@@ -4,6 +4,7 @@ Control decides what serves. This side loads, says `Serving` or `Refused`, and s
 once a second. When the channel closes, control is gone, and so is this process's reason to be.
 """
 
+import contextlib
 import logging
 import os
 import threading
@@ -18,11 +19,15 @@ from agent.channel import (
     Configure,
     Drain,
     EndShadow,
+    Govern,
     Hung,
     Open,
     Order,
+    Prepare,
     Ready,
     Refused,
+    SelfTest,
+    SelfTested,
     Serve,
     Serving,
     Shadow,
@@ -33,9 +38,11 @@ from agent.channel import (
     Withdraw,
     Withdrawn,
 )
+from agent.core.delegates import Delegate
 from agent.inference.engine import Engine, Flip
 from agent.inference.loading import CannotServe, Servable, from_folder
 from agent.inference.repository import Repository
+from agent.inference.selftest import self_test
 from agent.inference.watchdog import Hang
 from runtime.interpreter import available
 
@@ -55,7 +62,8 @@ class Orders:
         *,
         on_open: Callable[[], None],
         on_drain: Callable[[], None],
-        on_configure: Callable[[Configure], None] | None = None,
+        on_configure: Callable[[Configure], None] = lambda _: None,
+        on_prepare: Callable[[Prepare], None] = lambda _: None,
     ) -> None:
         """``on_open`` and ``on_drain`` reach the server; both return at once."""
         self._channel = channel
@@ -64,6 +72,8 @@ class Orders:
         self._on_open = on_open
         self._on_drain = on_drain
         self._on_configure = on_configure
+        self._on_prepare = on_prepare
+        self._delegates: dict[str, Delegate] = {}
         self._ended = threading.Event()
 
     def start(self) -> None:
@@ -104,17 +114,31 @@ class Orders:
                 self._withdraw(order)
                 self._tell_ended_shadows()
                 self._channel.send(Withdrawn(ticket=order.ticket, model=order.model))
+            case Prepare():
+                self._on_prepare(order)
             case Configure():
-                if self._on_configure is not None:
-                    self._on_configure(order)
-            case Shadow():
-                self._shadow(order)
-            case EndShadow():
-                self._end_shadow(order)
+                self._delegates = {delegate.name: delegate for delegate in order.delegates}
+                self._on_configure(order)
+            case Govern():
+                self._govern(order)
+            case Shadow() | EndShadow() | SelfTest():
+                self._examine(order)
             case Open():
                 self._on_open()
             case Drain():
                 self._on_drain()
+
+    def _govern(self, order: Govern) -> None:
+        """What is quick is done at once; loading again must not keep the next order waiting."""
+        self._engine.govern(order)
+        log.info("works as %s", order.level.value)
+        threading.Thread(target=self._rethread, name="rethread", daemon=True).start()
+
+    def _rethread(self) -> None:
+        try:
+            self._engine.rethread()
+        except Exception:  # what serves, serves on
+            log.exception("changing the threads met a fault of this agent")
 
     def _serve(self, order: Serve) -> Answer:
         try:
@@ -133,13 +157,15 @@ class Orders:
             took_us=flip.took_us,
             alias=order.alias,
             stop_start=flip.stop_start,
+            without_delegate=flip.without_delegate,
         )
 
     def _flip(self, order: Serve) -> Flip:
         """Candidates are no business of the repository: local clients load and unload what is stable."""
         servable = _ordered(order)
-        if order.runtime or order.threads:
-            self._engine.prefer(order.digest, runtime=order.runtime, threads=order.threads)
+        if order.runtime or order.threads or order.delegate:
+            delegate = self._delegates.get(order.delegate)  # control orders only those it has configured
+            self._engine.prefer(order.digest, runtime=order.runtime, threads=order.threads, delegate=delegate)
         return (
             self._repository.serve(servable) if order.alias == STABLE else self._engine.serve(servable, order.alias)
         )
@@ -149,6 +175,27 @@ class Orders:
             self._repository.withdraw(order.model, order.alias)
         else:
             self._engine.withdraw(order.model, order.alias)
+
+    def _examine(self, order: Shadow | EndShadow | SelfTest) -> None:
+        match order:
+            case Shadow():
+                self._shadow(order)
+            case EndShadow():
+                self._end_shadow(order)
+            case SelfTest():  # may take a while; orders go on
+                threading.Thread(target=self._self_test, args=(order,), name="self-test", daemon=True).start()
+
+    def _self_test(self, order: SelfTest) -> None:
+        outcome = self_test(self._engine, order.model)
+        answer = SelfTested(
+            ticket=order.ticket,
+            model=order.model,
+            digest=outcome.digest,
+            passed=outcome.passed,
+            detail=outcome.detail,
+        )
+        with contextlib.suppress(ChannelClosed):  # the other thread ends the process
+            self._channel.send(answer)
 
     # ------------------------------------------------------------ shadows
     def _shadow(self, order: Shadow) -> None:

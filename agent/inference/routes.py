@@ -10,15 +10,17 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from agent.inference.describe import metadata, model_config, prometheus
+from agent.inference.answering import encode_answer
+from agent.inference.describe import model_config, prometheus
 from agent.inference.encoding import IDENTITY, WORTHWHILE, accepted_coding, coding_of, deflated, inflated
 from agent.inference.engine import Engine
 from agent.inference.generation import Generation
 from agent.inference.http import JSON, Response
 from agent.inference.parsing import Head, HttpError
+from agent.inference.reading import decode_call
 from agent.inference.repository import FLEET_DECIDES, Repository
 from agent.inference.service import Failure, Kind, Service, model_name
-from agent.inference.tensors import MAX_ID, decode_call, encode_answer
+from agent.inference.tensors import MAX_ID
 from agent.inference.truth import AlreadyJudged, UnknownPrediction
 
 SMALL_BODY = 64 * 1024  # bytes; enough for every endpoint but infer
@@ -80,6 +82,7 @@ class Routes:
         self._engine = engine
         self.service = service or Service(engine, Repository(engine, forbidden=FLEET_DECIDES if managed else ""))
         self._feedback_on_tcp = feedback_on_tcp
+        self._feedback_switch = "[inference] feedback_on_tcp is set" if managed else "--feedback-on-tcp is given"
         self._body_cap = body_cap
         self._additions: list[Addition] = []
         self._fixed: dict[tuple[str, ...], Callable[[Head], Plan]] = {
@@ -149,8 +152,7 @@ class Routes:
                 return Plan(answer=lambda _: _json(model_config(found)))
             case "stats":
                 return Plan(answer=lambda _: _json(self.service.statistics(model, version)))
-        versions = [found] if version else self._engine.versions(model)
-        return Plan(answer=lambda _: _json(metadata(found, versions)))
+        return Plan(answer=lambda _: _json(self.service.metadata(model, version)))
 
     # ------------------------------------------------------------ health and repository
     def _metrics(self) -> str:
@@ -182,7 +184,7 @@ class Routes:
     # ------------------------------------------------------------ feedback
     def _check_feedback_allowed(self, *, over_tcp: bool) -> None:
         if over_tcp and not self._feedback_on_tcp:
-            raise HttpError(403, "feedback is taken on the Unix socket only, unless --feedback-on-tcp is set")
+            raise HttpError(403, f"feedback is taken on the Unix socket only, unless {self._feedback_switch}")
 
     def _judge(self, found: Generation, body: memoryview) -> Response:
         feedback = _decode(body, Feedback)

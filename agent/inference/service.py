@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import Enum, auto
 from typing import NamedTuple
 
-from agent.inference.describe import Json, model_statistics, server_metadata
+from agent.inference.describe import Json, metadata, model_statistics, server_metadata
 from agent.inference.engine import Engine, UnknownModel
 from agent.inference.generation import Generation, ModelFailed
 from agent.inference.loading import CannotServe
@@ -92,6 +92,11 @@ class Service:
     def describe(self) -> Json:
         """Return the server's metadata."""
         return server_metadata(repository_is_open=self._repository.is_open)
+
+    def metadata(self, model: str, version: str | None = None) -> Json:
+        """Return a model's metadata, with every version that serves unless one is asked for."""
+        found = self.find(model, version)
+        return metadata(found, [found] if version else self._engine.versions(model))
 
     def statistics(self, model: str | None = None, version: str | None = None) -> Json:
         """Return the statistics of one model, or of all that serve."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from agent.core.shadowing import MILLION, ShadowCounts
 from agent.inference.loading import CannotServe
+from agent.inference.pool import Retired
 from agent.inference.prediction import Prediction
 from agent.inference.tensors import Buffer
 from protocol.manifest import TensorSpec
@@ -35,6 +36,8 @@ LOOK_SECONDS = 0.2  # how soon an idle or resting shadow hears that it ends
 class _Sample(NamedTuple):
     inputs: tuple[bytes, ...]
     stable: Prediction
+    request_id: str
+    outputs: Sequence[bytes]  # the answer; empty: whatever the candidate says, nobody wants to know
 
 
 class _Counts:
@@ -99,8 +102,14 @@ class Shadow:
             self._thread.join()
 
     def pause(self, *, paused: bool) -> None:
-        """Leave the device its CPU for a while."""
+        """Leave the device its CPU for a while; what waits is dropped."""
         self._paused = paused
+
+    def follow(self, stable: "Generation", candidate: "Generation") -> None:
+        """Go on with the same bundles, which were loaded again."""
+        stable.shadow = self
+        self._stable, self._candidate = stable, candidate
+        self._threads = candidate.threads
 
     def take(self) -> ShadowCounts | None:
         """Return what was counted since the last call, or None when nothing was."""
@@ -120,15 +129,18 @@ class Shadow:
         )
 
     # ------------------------------------------------------------ on a client's thread
-    def offer(self, inputs: Sequence[Buffer], prediction: Prediction) -> None:
-        """Maybe take a request that was answered; never waits."""
+    def offer(
+        self, inputs: Sequence[Buffer], prediction: Prediction, request_id: str = "", outputs: Sequence[bytes] = ()
+    ) -> None:
+        """Maybe take a request that was answered; never waits. With ``outputs`` a disagreement is told of."""
         if self._paused or self._chance() >= self._share:
             return
         if self._queue.full():  # before the copy
             self._drop()
             return
         try:
-            self._queue.put_nowait(_Sample(tuple(bytes(data) for data in inputs), prediction))
+            copied = tuple(bytes(data) for data in inputs)
+            self._queue.put_nowait(_Sample(copied, prediction, request_id, outputs))
         except Full:
             self._drop()
 
@@ -145,6 +157,9 @@ class Shadow:
                 sample = self._queue.get(timeout=LOOK_SECONDS)
             except Empty:
                 continue
+            if self._paused:
+                self._drop()
+                continue
             spent = self._compare(sample)
             self._over.wait(spent / self._cpu - spent)
 
@@ -153,12 +168,16 @@ class Shadow:
         started, cpu = time.perf_counter_ns(), time.thread_time_ns()
         try:
             prediction, took = self._candidate.rehearse(sample.inputs)
+        except Retired:  # it was loaded again just now
+            self._drop()
         except Exception as error:  # noqa: BLE001 - whatever a candidate does, live requests must not feel it
             log.debug("the shadow failed: %s", error)
             with self._lock:
                 self._counts.failed += 1
         else:
             self._count(sample.stable, prediction, took // 1000)
+            if sample.outputs and sample.stable.label != prediction.label:
+                self._stable.disagreed(sample.request_id, sample.inputs, sample.outputs)
         if self._threads > 1:  # the other threads' time is not this thread's: assume that all were busy
             return (time.perf_counter_ns() - started) * self._threads / 1e9
         return (time.thread_time_ns() - cpu) / 1e9

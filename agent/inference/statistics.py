@@ -22,13 +22,8 @@ class Timing(NamedTuple):
     infer: int
     copy_out: int
 
-    @property
-    def whole(self) -> int:
-        """Return the time from queueing to the answer."""
-        return self.queue + self.copy_in + self.infer + self.copy_out
 
-
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class Totals:
     """Since the process started. Durations in ns."""
 
@@ -36,6 +31,7 @@ class Totals:
     failure: int = 0
     rejected: int = 0
     late: int = 0  # of the rejected: those that missed their deadline
+    shed: int = 0  # of the rejected: those a device in distress does not answer
     success_ns: int = 0
     failure_ns: int = 0
     queue_ns: int = 0
@@ -45,11 +41,13 @@ class Totals:
     last_ms: int = 0  # UTC, of the last request that ran
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class _Difference:
     requests: int = 0
     errors: int = 0
     dropped: int = 0
+    late: int = 0
+    shed: int = 0
     zero: int = 0
     sum: int = 0
     max: int = 0
@@ -73,15 +71,15 @@ class Counters:
 
     def succeeded(self, timing: Timing, prediction: Prediction | None, now_ms: int) -> None:
         """Count a request that was answered."""
-        microseconds = timing.whole // 1000
+        whole = sum(timing)
         with self._lock:
             difference, totals = self._difference, self._totals
             difference.requests += 1
-            _record(difference, microseconds)
+            _record(difference, whole // 1000)
             if prediction is not None:
                 _predict(difference, prediction)
             totals.success += 1
-            totals.success_ns += timing.whole
+            totals.success_ns += whole
             totals.queue_ns += timing.queue
             totals.copy_in_ns += timing.copy_in
             totals.infer_ns += timing.infer
@@ -97,12 +95,14 @@ class Counters:
             self._totals.failure_ns += duration_ns
             self._totals.last_ms = now_ms
 
-    def dropped(self, *, late: bool = False) -> None:
-        """Count a request that was turned away; ``late``: for its deadline."""
+    def dropped(self, *, late: bool = False, shed: bool = False) -> None:
+        """Count a request turned away; ``late``: for its deadline, ``shed``: for its priority, in distress."""
         with self._lock:
+            for counts in (self._difference, self._totals):
+                counts.late += late
+                counts.shed += shed
             self._difference.dropped += 1
             self._totals.rejected += 1
-            self._totals.late += late
 
     def take(self) -> ModelStatistics | None:
         """Return what happened since the last call, or None when nothing did."""
@@ -115,6 +115,8 @@ class Counters:
             requests=taken.requests,
             errors=taken.errors,
             dropped=taken.dropped,
+            late=taken.late,
+            shed=taken.shed,
             latency=histogram_from(taken.buckets, zero=taken.zero, sum_=taken.sum, max_=taken.max),
             confidence=tuple(taken.confidence),
             classes=tuple(taken.classes),

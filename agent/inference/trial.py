@@ -148,7 +148,13 @@ def _ladder(request: TrialRequest, servable: Servable) -> tuple[Rung, ...]:
     """Measure in children of this process: they have no network either, and the same limits each."""
     if not request.ladder_seconds:
         return ()
-    return climb_in_trial(servable, os.cpu_count() or 1, runtime=request.runtime, seconds=request.ladder_seconds)
+    return climb_in_trial(
+        servable,
+        os.cpu_count() or 1,
+        runtime=request.runtime,
+        seconds=request.ladder_seconds,
+        delegates=request.delegates,
+    )
 
 
 def _import_runtime(servable: Servable, request: TrialRequest) -> RuntimeName:
@@ -165,7 +171,8 @@ def _limit(request: TrialRequest) -> None:
     seconds = math.ceil(used.ru_utime + used.ru_stime) + request.cpu_seconds
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     data = memory_use().data + request.memory_bytes
-    resource.setrlimit(resource.RLIMIT_DATA, (data, data))
+    more = max((delegate.memory_bytes for delegate in request.delegates), default=0)  # for the children that load one
+    resource.setrlimit(resource.RLIMIT_DATA, (data, data + more))
 
 
 def _latency_us(model: LoadedModel) -> int:

@@ -22,7 +22,7 @@ class AlreadyJudged(Exception):
     """The truth of this prediction has been counted."""
 
 
-@dataclass(kw_only=True)
+@dataclass(slots=True)
 class _Remembered:
     digest: str
     minute: int
@@ -43,11 +43,13 @@ class TruthRing:
 
     def remember(self, model: str, request_id: str, *, digest: str, now_ms: int, predicted: int) -> None:
         """Keep a prediction; an id that comes again stands for the newer one."""
-        entry = _Remembered(digest=digest, minute=now_ms - now_ms % MINUTE_MS, predicted=predicted)
+        entry = _Remembered(digest, now_ms - now_ms % MINUTE_MS, predicted)
         with self._lock:
-            ring = self._predictions.setdefault(model, OrderedDict())
+            ring = self._predictions.get(model)
+            if ring is None:
+                ring = self._predictions[model] = OrderedDict()
+            ring.pop(request_id, None)
             ring[request_id] = entry
-            ring.move_to_end(request_id)
             if len(ring) > self._capacity:
                 ring.popitem(last=False)
 

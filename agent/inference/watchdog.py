@@ -48,10 +48,10 @@ class Watchdog:
         del self._running[key]
 
     @contextmanager
-    def loading(self, servable: Servable, workers: int) -> Iterator[None]:
+    def loading(self, servable: Servable, instances: int) -> Iterator[None]:
         """Watch a load: an invoke for each golden sample, and one for the rest."""
         samples = servable.golden.samples if servable.golden else 0
-        seconds = self.seconds * (samples + 1) * workers
+        seconds = self.seconds * (samples + 1) * instances
         key = object()
         self._running[key] = _Running(servable, time.perf_counter_ns() + int(seconds * 1e9), seconds)
         try:

@@ -28,7 +28,6 @@ from protocol import states
 
 HERE = Path(__file__).parent
 NOTICE = "<!-- Written by generate.py from the programs. Change them, then run: python docs/reference/generate.py -->"
-_EXIT_CODES = re.compile(r"Exit codes: (.*?\.)(?:\s*$|\n\n)", re.DOTALL)
 _MEMBER = re.compile(r"^    (\w+) = \"[^\"]*\"(?:  # (.*))?$", re.MULTILINE)
 
 
@@ -60,16 +59,34 @@ class Command:
     name: str
     does: str
     options: tuple[Option, ...]
+    exit_codes: str = ""  # where they are not those of the whole program
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A program; the first of its commands is the program itself."""
+
+    whose: str
+    commands: tuple[Command, ...]
+    exit_codes: str
+
+
+def programs() -> tuple[Program, ...]:
+    """Return everything that a person can type."""
+    return (
+        _program("On the device", _agent_commands(), agent_program),
+        _program("The fleet server", _of_argparse(server_program._parser()), server_program),
+        _program("For operators", _of_typer(operator_program.app, "edgewarden"), operator_program),
+        _program("For bundles", _of_typer(convert_program.program, "edgewarden-convert"), convert_program),
+        _program("A simulated fleet", _of_argparse(simulator_program._parser()), simulator_program),
+    )
+
+
+def _program(whose: str, commands: Iterable[Command], module: Any) -> Program:
+    return Program(whose=whose, commands=tuple(commands), exit_codes=module.EXIT_CODES)
 
 
 def _cli_page() -> str:
-    programs = (
-        ("On the device", _agent_commands(), _agent_exit_codes()),
-        ("The fleet server", _of_argparse(server_program._parser()), _exit_codes(server_program)),
-        ("For operators", _of_typer(operator_program.app, "edgewarden"), _exit_codes(operator_program)),
-        ("For bundles", _of_typer(convert_program.program, "edgewarden-convert"), _exit_codes(convert_program)),
-        ("A simulated fleet", _simulator_commands(), _SIMULATOR_EXIT_CODES),
-    )
     lines = ["# Command line", "", NOTICE, ""]
     lines += ["Five programs. Each says `--help`. Environment of `edgewarden`: `EDGEWARDEN_SERVER` (address of the"]
     lines += [
@@ -79,10 +96,9 @@ def _cli_page() -> str:
         "certificate when it is served over TLS). `edgewarden-agent enroll` takes the token from `EW_TOKEN` when no"
     ]
     lines += ["file is named.", ""]
-    for title, commands, exit_codes in programs:
-        found = list(commands)
-        lines += [f"## {title}: {found[0].name}", "", f"Exit codes: {exit_codes}", ""]
-        for command in found:
+    for program in programs():
+        lines += [f"## {program.whose}: {program.commands[0].name}", "", program.exit_codes, ""]
+        for command in program.commands:
             lines += _command_lines(command)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -90,7 +106,7 @@ def _cli_page() -> str:
 def _command_lines(command: Command) -> Iterator[str]:
     yield from (f"### {command.name}", "")
     if command.does:
-        yield from (command.does, "")
+        yield from (f"{command.does} {command.exit_codes}".rstrip(), "")
     if command.options:
         yield from ("| option | default | meaning |", "|---|---|---|")
         yield from (f"| {one.words} | {one.default} | {_cell(one.meaning)} |" for one in command.options)
@@ -98,31 +114,10 @@ def _command_lines(command: Command) -> Iterator[str]:
 
 
 def _agent_commands() -> Iterator[Command]:
-    """Return the agent's commands; ``serve`` is parsed by the data plane, since control hands it on unread."""
-    serve = next(c for c in _of_argparse(data_plane._parser()) if c.name.endswith(" serve"))
+    """Return the agent's commands; control hands some on unread, and the data plane parses them."""
+    handed_on = {command.name: command for command in _of_argparse(data_plane._parser()) if command.exit_codes}
     for command in _of_argparse(agent_program._parser()):
-        if command.name.endswith(" serve"):
-            yield Command(name=command.name, does=command.does, options=serve.options)
-        else:
-            yield command
-
-
-def _simulator_commands() -> Iterator[Command]:
-    for command in _of_argparse(simulator_program._parser()):
-        yield Command(name="edgewarden-simulate", does=command.does, options=command.options)
-
-
-def _agent_exit_codes() -> str:
-    return f"{_exit_codes(agent_program)} `serve`: 2 also when a model or an address cannot be served."
-
-
-_SIMULATOR_EXIT_CODES = "0 ended on request or after `--seconds`, 1 too few enrolled identities, 2 wrong usage."
-
-
-def _exit_codes(program: Any) -> str:
-    match = _EXIT_CODES.search(program.__doc__ or "")
-    assert match, f"{program.__name__} does not say its exit codes"
-    return " ".join(match[1].split())
+        yield handed_on.get(command.name, command)
 
 
 # ---------------------------------------------------------------- argparse
@@ -131,6 +126,7 @@ def _of_argparse(parser: argparse.ArgumentParser, does: str = "") -> Iterator[Co
         name=parser.prog,
         does=_sentence(does or parser.description or ""),
         options=tuple(_argparse_option(action, parser.prog) for action in parser._actions if _counts(action)),
+        exit_codes=_exit_codes(parser),
     )
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -139,8 +135,16 @@ def _of_argparse(parser: argparse.ArgumentParser, does: str = "") -> Iterator[Co
                 yield from _of_argparse(sub, said.get(name) or "")
 
 
+def _exit_codes(parser: argparse.ArgumentParser) -> str:
+    """Return a command's own exit codes; those of a whole program are said once."""
+    own = parser.epilog or ""
+    whole = {program.EXIT_CODES for program in (agent_program, server_program, simulator_program)}
+    return "" if own in whole else own
+
+
 def _counts(action: argparse.Action) -> bool:
-    return not isinstance(action, argparse._SubParsersAction | argparse._HelpAction)
+    hidden = action.help == argparse.SUPPRESS
+    return not hidden and not isinstance(action, argparse._SubParsersAction | argparse._HelpAction)
 
 
 def _argparse_option(action: argparse.Action, prog: str) -> Option:
@@ -204,7 +208,14 @@ def _states_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-_MAXIMA = ("MAX_DOWNLOAD_TRIES", "MAX_SWAP_TRIES", "MAX_PROBATION_CRASHES", "MAX_PROBATION_INTERRUPTIONS")
+_MAXIMA = (
+    "MAX_DOWNLOAD_TRIES",
+    "MAX_SHADOW_TRIES",
+    "MAX_SWAP_TRIES",
+    "MAX_PROBATION_CRASHES",
+    "MAX_PROBATION_INTERRUPTIONS",
+    "MAX_TAKE_UPS",
+)
 _LISTS: tuple[tuple[type[Enum], str, str], ...] = (
     (deployment.Event, "What can happen to an update", "The events of the machine."),
     (deployment.Effect, "What the agent does on entering a state", "The effects of the machine."),
@@ -230,7 +241,9 @@ def _edges() -> Iterator[Edge]:
         yield Edge(start=start, label=event.value, end=end, effect=effect.value)
     for (start, event), (end, _) in deployment.TABLE.items():
         record, effect = deployment.advance(_exhausted(start), Happened(event=event), 0)
-        if record.state is not end:
+        if end is states.DeploymentState.SHADOW and start is not end:
+            yield _bent(start, f"{event.value}, no shadow asked for", record, effect)
+        elif record.state is not end:
             yield _bent(start, f"{event.value} once too often", record, effect)
     for start in deployment.RESUME:
         record, effect = deployment.resume(_exhausted(start), None, 0)
@@ -244,7 +257,9 @@ def _exhausted(state: states.DeploymentState) -> Deployment:
         model="any",
         state=state,
         download_tries=deployment.MAX_DOWNLOAD_TRIES - 1,
+        shadow_tries=deployment.MAX_SHADOW_TRIES - 1,
         swap_tries=deployment.MAX_SWAP_TRIES - 1,
+        taken_up=(0,) * deployment.MAX_TAKE_UPS,
         crashes=deployment.MAX_PROBATION_CRASHES - 1,
         interruptions=deployment.MAX_PROBATION_INTERRUPTIONS,
     )
@@ -279,7 +294,7 @@ def _default(value: object, *, required: bool) -> str:
         return "required"
     if value is None or value is False or value in ("", [], (), argparse.SUPPRESS):
         return ""
-    return f"`{value}`"
+    return f"`{value.value if isinstance(value, Enum) else value}`"
 
 
 def _code(words: Iterable[str]) -> str:

@@ -5,16 +5,15 @@ seven days' life). What a device should run, and the number, come from `fleet_se
 """
 
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
 import msgspec
-from tuf.api.metadata import MetaFile, Snapshot, TargetFile, Targets, Timestamp
+from tuf.api.metadata import MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 
 from fleet_server.adapters.durable import make_private_folder
 from fleet_server.adapters.online_keys import OnlineSigners
-from fleet_server.adapters.root_chain import RootChain
-from fleet_server.ports import Assigned, SignedDesire
+from fleet_server.adapters.root_chain import RootChain, milliseconds_of, role_fact, time_of
+from fleet_server.ports import Assigned, RoleFact, SignedDesire
 from fleet_server.rollouts import DESIRE_LIFE_MS
 from protocol.release import DeviceConfig, DirectorScope, to_custom
 
@@ -27,7 +26,8 @@ class OnlineDirector:
     def __init__(self, folder: Path) -> None:
         make_private_folder(folder)
         self._signers = OnlineSigners(folder, ONLINE_ROLES)
-        self._roots = RootChain(folder / "roots", "Director", self._signers.key_ids())
+        self._roots = RootChain(folder / "roots", "Director", self._signers.accepted)
+        self._follow()
 
     def online_keys(self) -> dict[str, bytes]:
         return self._signers.public()
@@ -41,6 +41,23 @@ class OnlineDirector:
     def accept_root(self, root: bytes) -> None:
         self._roots.check(root)
         self._roots.add(root)
+        self._follow()
+
+    def make_next_keys(self) -> None:
+        self._signers.make_next()
+
+    def root_fact(self) -> RoleFact | None:
+        return role_fact("director-root", self._roots.newest, self._roots.newest, Root.type) if self.roots() else None
+
+    def vouches_for(self, desire: SignedDesire) -> bool:
+        root = self._roots.newest
+        signed = {Targets.type: desire.targets, Snapshot.type: desire.snapshot, Timestamp.type: desire.timestamp}
+        return all(_signers_of(data) & set(root.roles[role].keyids) for role, data in signed.items())
+
+    def _follow(self) -> None:
+        """Sign with the next keys from the root on that names them; also when the process ended in between."""
+        if self._roots.all:
+            self._signers.follow(self._roots.newest)
 
     def sign(
         self, device_id: str, version: int, assigned: Sequence[Assigned], config: DeviceConfig, now: int
@@ -68,14 +85,17 @@ class OnlineDirector:
         )
 
 
-def time_of(milliseconds: int) -> datetime:
-    """Return TUF's form of a time; TUF knows whole seconds only."""
-    return datetime.fromtimestamp(milliseconds // 1000, timezone.utc)
+class _Signature(msgspec.Struct, frozen=True):
+    keyid: str
 
 
-def milliseconds_of(time: datetime) -> int:
-    """Return UTC ms."""
-    return int(time.timestamp()) * 1000
+class _SignedBySomeone(msgspec.Struct, frozen=True):
+    signatures: tuple[_Signature, ...]
+
+
+def _signers_of(metadata: bytes) -> set[str]:
+    """Return the ids of the keys under metadata that this server signed itself; nothing is verified."""
+    return {s.keyid for s in msgspec.json.decode(metadata, type=_SignedBySomeone).signatures}
 
 
 def _target_file(assigned: Assigned) -> TargetFile:

@@ -1,37 +1,59 @@
 """The Image repository on disk: keeps what the release team signed offline, adds snapshot and timestamp online.
 
-Knows what targets metadata may say (legal paths, releases that never change, floors that only grow, at most ninety
-days' life) and refuses everything else with a sentence. Signature rules are python-tuf's. The bundles themselves are
-looked at by `fleet_server.publishing`.
+TUF's rules (signatures, thresholds) are python-tuf's; what offline metadata may say is `image_rules`'s. Here is the
+order: what comes is one publication, checked as a whole against what is in force, and taken as a whole.
 
-On disk ``metadata/`` is the repository as devices read it: ``N.root.json``, ``N.targets.json``, ``N.snapshot.json``,
-``timestamp.json``. The timestamp is written last and is what counts: files above the versions it leads to are left
-over from a publication that was cut short, and the next one writes over them.
+On disk ``metadata/`` is the repository as devices read it: ``N.root.json``, ``N.targets.json``, ``N.<family>.json``,
+``N.snapshot.json``, ``timestamp.json``. The timestamp is written last and is what counts: files above the versions it
+leads to are left over from a publication that was cut short, and the next one writes over them. A root counts at
+once; so that it never stands without the metadata that came with it, a publication is in ``pending.json`` until all
+of it is in place, and is finished at the next start.
 """
 
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from tuf.api.metadata import Metadata, MetaFile, Snapshot, TargetFile, Targets, Timestamp
+from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timestamp
 
-from fleet_server.adapters.director import milliseconds_of, time_of
-from fleet_server.adapters.durable import make_private_folder, read_capped, write_atomically
+from fleet_server.adapters.durable import flush_folder, make_private_folder, read_capped, write_atomically
+from fleet_server.adapters.image_rules import (
+    bundles_in,
+    check_contents,
+    check_delegations,
+    check_expiry,
+    check_unchanged,
+    families_in,
+    hindrances_in,
+)
 from fleet_server.adapters.online_keys import OnlineSigners
-from fleet_server.adapters.root_chain import RootChain, check_signed_by, parse
-from fleet_server.ports import PublishedBundle
+from fleet_server.adapters.root_chain import RootChain, check_signed_by, milliseconds_of, parse, role_fact, time_of
+from fleet_server.api_types import Publication
+from fleet_server.ports import PublishedBundle, RoleFact
 from fleet_server.publishing import Refused
-from protocol.names import MAX_BUNDLE, MAX_METADATA_FILE, MAX_VERSION, SHA256_HEX, IllegalName
-from protocol.release import Release, bundle_path, from_custom, is_bundle_path, is_floor_path, to_custom
+from protocol.names import MAX_METADATA_FILE
 
 DAY_MS = 24 * 3600 * 1000
-MAX_TARGETS_LIFE_MS = 90 * DAY_MS
-CLOCK_SLACK_MS = 3600 * 1000  # how far the signer's clock may be ahead of ours
 ONLINE_LIFE_MS = 7 * DAY_MS  # of snapshot and timestamp
 ONLINE_ROLES = (Snapshot.type, Timestamp.type)
-_FILE_NAME = re.compile(r"([1-9][0-9]{0,9}\.(root|targets|snapshot)|root|targets|snapshot|timestamp)\.json")
+_MAX_PENDING = 64 * 1024 * 1024  # bytes; a root and the targets of every family, as base64
+_FILE_NAME = re.compile(r"(?:([1-9][0-9]{0,9})\.)?([a-z0-9][a-z0-9_-]{0,62})\.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Offline:
+    """Offline metadata of all roles that goes together: in force, or about to be."""
+
+    root: Root
+    targets: Metadata[Targets]
+    families: Mapping[str, Metadata[Targets]]
+
+    def parts(self) -> Mapping[str, Targets]:
+        """Return targets by role, ``targets`` first."""
+        return {Targets.type: self.targets.signed, **{f: m.signed for f, m in self.families.items()}}
 
 
 class ImageFolder:
@@ -40,97 +62,168 @@ class ImageFolder:
     def __init__(self, folder: Path) -> None:
         make_private_folder(folder)
         self._signers = OnlineSigners(folder, ONLINE_ROLES)
+        self._pending = folder / "pending.json"
         self._metadata = folder / "metadata"
-        self._roots = RootChain(self._metadata, "Image", self._signers.key_ids())
+        self._roots = RootChain(self._metadata, "Image", self._signers.accepted)
         self._timestamp: Timestamp | None = None
         self._snapshot: Snapshot | None = None
-        self._targets: bytes | None = None
+        self._targets: dict[str, bytes] = {}  # ``targets`` and each delegated family
+        self._hindrances: Mapping[str, str] = {}
         self._turn = threading.Lock()
         self._load()
 
     def online_keys(self) -> dict[str, bytes]:
         return self._signers.public()
 
+    def make_next_keys(self) -> None:
+        self._signers.make_next()
+
     def first_root(self) -> bytes | None:
-        return self._roots.all[0] if self._roots.all and self._targets is not None else None
+        return self._roots.all[0] if self._roots.all and self._targets else None
 
-    # ------------------------------------------------------------ roots
-    def check_root(self, root: bytes) -> None:
-        self._check_root(root)
+    # ------------------------------------------------------------ publications
+    def check(self, publication: Publication, now: int) -> Sequence[PublishedBundle]:
+        before = self._in_force()
+        after = self._after(publication, before, now)
+        contents = check_contents(after.parts())
+        if before is not None:
+            check_unchanged(check_contents(before.parts()), contents)
+        return bundles_in(contents, now)
 
-    def accept_root(self, root: bytes) -> None:
+    def accept(self, publication: Publication, now: int) -> Sequence[PublishedBundle]:
         with self._turn:
-            self._check_root(root)
-            self._roots.add(root, replace_first=self._targets is None)
-
-    def _check_root(self, data: bytes) -> None:
-        """A new root must leave the targets valid that devices read meanwhile."""
-        root = self._roots.check(data, replace_first=self._targets is None)
-        if self._targets is not None:
-            current = parse(Targets, self._targets, "Image targets", cap=MAX_METADATA_FILE)
-            check_signed_by(root, Targets.type, current, "the Image targets in force")
-
-    # ------------------------------------------------------------ targets
-    def check_targets(self, targets: bytes, now: int) -> Sequence[PublishedBundle]:
-        metadata = parse(Targets, targets, "Image targets", cap=MAX_METADATA_FILE)
-        check_signed_by(self._roots.newest, Targets.type, metadata, "Image targets")
-        if targets != self._targets:
-            self._check_succession(metadata.signed, now)
-        return _bundles_in(metadata.signed, now)
-
-    def accept_targets(self, targets: bytes, now: int) -> Sequence[PublishedBundle]:
-        with self._turn:
-            bundles = self.check_targets(targets, now)
-            if targets != self._targets:
-                version = 1 + self._targets_version()
-                write_atomically(self._metadata / f"{version}.targets.json", targets)
-                self._sign_online(version, now)
-                self._targets = targets
+            bundles = self.check(publication, now)
+            new = self._new_in(publication)
+            if new != Publication():
+                write_atomically(self._pending, msgspec.json.encode(new))
+                self._put(new, now)
             return bundles
 
-    def _check_succession(self, new: Targets, now: int) -> None:
-        if new.version != 1 + self._targets_version():
+    def catch_up(self, now: int) -> Sequence[PublishedBundle]:
+        with self._turn:
+            data = read_capped(self._pending, _MAX_PENDING)
+            if data is not None:
+                self._put(msgspec.json.decode(data, type=Publication), now)
+            in_force = self._in_force()
+            return bundles_in(check_contents(in_force.parts()), now) if in_force else ()
+
+    def _after(self, publication: Publication, before: _Offline | None, now: int) -> _Offline:
+        """Return what would be in force; raise `Refused` where a signature, a number or a date is not right."""
+        root = self._root_after(publication)
+        targets = self._role_after(Targets.type, publication.targets, now)
+        check_signed_by(root, Targets.type, targets, "Image targets")
+        check_delegations(before.targets.signed if before else None, targets.signed)
+        delegated = families_in(targets.signed)
+        for family in publication.delegated:
+            if family not in delegated:
+                raise Refused(f"{family[:80]!r}: the Image targets do not delegate such a family")
+        families = {family: self._role_after(family, publication.delegated.get(family), now) for family in delegated}
+        for family, metadata in families.items():
+            check_signed_by(targets.signed, family, metadata, f"family {family}")
+        return _Offline(root=root, targets=targets, families=families)
+
+    def _root_after(self, publication: Publication) -> Root:
+        if publication.image_root is None:
+            return self._roots.newest
+        return self._roots.check(publication.image_root, replace_first=not self._targets)
+
+    def _role_after(self, role: str, data: bytes | None, now: int) -> Metadata[Targets]:
+        current, name = self._targets.get(role), _title(role)
+        if data is None or data == current:
+            if current is None:
+                raise Refused(f"{name}: its metadata did not come")
+            return parse(Targets, current, name, cap=MAX_METADATA_FILE)
+        metadata = parse(Targets, data, name, cap=MAX_METADATA_FILE)
+        number = 1 + self._version(role)
+        if metadata.signed.version != number:
             raise Refused(
-                f"Image targets: version {new.version} came, {1 + self._targets_version()} is next; "
+                f"{name}: version {metadata.signed.version} came, {number} is next; "
                 "someone else may have published in between"
             )
-        _check_expiry(new, now)
-        if self._targets is not None:
-            current = parse(Targets, self._targets, "Image targets", cap=MAX_METADATA_FILE)
-            _check_unchanged(current.signed.targets, new.targets)
+        check_expiry(metadata.signed, name, now)
+        return metadata
 
-    def _targets_version(self) -> int:
-        return self._snapshot.meta["targets.json"].version if self._snapshot else 0
+    def _new_in(self, publication: Publication) -> Publication:
+        """Return the publication without what is in force already."""
+        root, targets = publication.image_root, publication.targets
+        return Publication(
+            image_root=None if root in self._roots.all[-1:] and self._targets else root,
+            targets=None if targets == self._targets.get(Targets.type) else targets,
+            delegated={f: data for f, data in publication.delegated.items() if data != self._targets.get(f)},
+        )
+
+    def _put(self, new: Publication, now: int) -> None:
+        """Put in place what was checked; doing it twice does no harm."""
+        if new.image_root is not None:
+            self._roots.add(new.image_root, replace_first=not self._targets)
+            self._signers.follow(self._roots.newest)
+        targets = {Targets.type: new.targets} if new.targets is not None else {}
+        for role, data in {**targets, **new.delegated}.items():
+            version = parse(Targets, data, _title(role), cap=MAX_METADATA_FILE).signed.version
+            write_atomically(self._metadata / f"{version}.{role}.json", data)
+            self._targets[role] = data
+        self._sign_online({role: _version_of(data) for role, data in self._targets.items()}, now)
+        self._note_hindrances()
+        self._pending.unlink(missing_ok=True)
+        flush_folder(self._pending.parent)
+
+    def _in_force(self) -> _Offline | None:
+        if not self._targets:
+            return None
+        parsed = {
+            role: parse(Targets, data, _title(role), cap=MAX_METADATA_FILE) for role, data in self._targets.items()
+        }
+        return _Offline(root=self._roots.newest, targets=parsed.pop(Targets.type), families=parsed)
+
+    def _version(self, role: str) -> int:
+        meta = self._snapshot.meta.get(f"{role}.json") if self._snapshot else None
+        return meta.version if meta else 0
+
+    # ------------------------------------------------------------ what they mean
+    def hindrance(self, sha256: str) -> str | None:
+        return self._hindrances.get(sha256)
+
+    def roles(self) -> Sequence[RoleFact]:
+        in_force = self._in_force()
+        if in_force is None or self._snapshot is None or self._timestamp is None:
+            return ()
+        root, targets = in_force.root, in_force.targets.signed
+        return (
+            role_fact("image-root", root, root, Root.type),
+            role_fact("image-targets", targets, root, Targets.type),
+            *(role_fact(family, m.signed, targets, family) for family, m in sorted(in_force.families.items())),
+            role_fact("image-snapshot", self._snapshot, root, Snapshot.type),
+            role_fact("image-timestamp", self._timestamp, root, Timestamp.type),
+        )
 
     # ------------------------------------------------------------ reading
     def metadata(self, name: str) -> bytes | None:
-        if not _FILE_NAME.fullmatch(name):
+        match = _FILE_NAME.fullmatch(name)
+        if match is None or match[2] not in {Root.type, Snapshot.type, Timestamp.type, *self._targets}:
             return None
-        return read_capped(self._metadata / self._numbered(name), MAX_METADATA_FILE)
+        return read_capped(self._metadata / (name if match[1] else self._numbered(match[2])), MAX_METADATA_FILE)
 
-    def _numbered(self, name: str) -> str:
-        newest = {
-            "root.json": len(self._roots.all),
-            "targets.json": self._targets_version(),
-            "snapshot.json": self._snapshot.version if self._snapshot else 0,
-        }
-        return f"{newest[name]}.{name}" if name in newest else name
+    def _numbered(self, role: str) -> str:
+        if role == Timestamp.type:
+            return "timestamp.json"
+        online = {Root.type: len(self._roots.all), Snapshot.type: self._snapshot.version if self._snapshot else 0}
+        return f"{online.get(role, self._version(role))}.{role}.json"
 
     # ------------------------------------------------------------ online roles
     def renew(self, now: int) -> None:
         with self._turn:
             if self._timestamp and milliseconds_of(self._timestamp.expires) < now + ONLINE_LIFE_MS // 2:
-                self._sign_online(self._targets_version(), now)
+                self._sign_online({role: self._version(role) for role in self._targets}, now)
 
-    def _sign_online(self, targets_version: int, now: int) -> None:
+    def _sign_online(self, versions: Mapping[str, int], now: int) -> None:
         expires = time_of(now + ONLINE_LIFE_MS)
         snapshot = Snapshot(
-            version=1 + (self._snapshot.version if self._snapshot else 0),
+            version=_number_after(self._snapshot, now),
             expires=expires,
-            meta={"targets.json": MetaFile(targets_version)},
+            meta={f"{role}.json": MetaFile(version) for role, version in versions.items()},
         )
         timestamp = Timestamp(
-            version=1 + (self._timestamp.version if self._timestamp else 0),
+            version=_number_after(self._timestamp, now),
             expires=expires,
             snapshot_meta=MetaFile(snapshot.version),
         )
@@ -140,94 +233,38 @@ class ImageFolder:
 
     def _load(self) -> None:
         """Follow the timestamp to what is in force."""
-        data = self.metadata("timestamp.json")
+        if self._roots.all:
+            self._signers.follow(self._roots.newest)
+        data = read_capped(self._metadata / "timestamp.json", MAX_METADATA_FILE)
         if data is None:
             return
         self._timestamp = Metadata[Timestamp].from_bytes(data).signed
         number = self._timestamp.snapshot_meta.version
         self._snapshot = Metadata[Snapshot].from_bytes(self._must_read(f"{number}.snapshot.json")).signed
-        self._targets = self._must_read(f"{self._targets_version()}.targets.json")
+        for file in self._snapshot.meta:
+            role = file.removesuffix(".json")
+            self._targets[role] = self._must_read(f"{self._version(role)}.{file}")
+        self._note_hindrances()
+
+    def _note_hindrances(self) -> None:
+        in_force = self._in_force()
+        self._hindrances = hindrances_in(check_contents(in_force.parts())) if in_force else {}
 
     def _must_read(self, name: str) -> bytes:
-        data = self.metadata(name)
+        data = read_capped(self._metadata / name, MAX_METADATA_FILE)
         if data is None:
             raise FileNotFoundError(f"{self._metadata / name} is missing; restore the folder from a backup")
         return data
 
 
-# ---------------------------------------------------------------- rules of targets metadata
-def _check_expiry(new: Targets, now: int) -> None:
-    expires = milliseconds_of(new.expires)
-    if expires <= now:
-        raise Refused(f"Image targets: expired at {new.expires.isoformat()}")
-    if expires > now + MAX_TARGETS_LIFE_MS + CLOCK_SLACK_MS:
-        raise Refused(f"Image targets: expires at {new.expires.isoformat()}, more than 90 days ahead")
+def _number_after(last: Snapshot | Timestamp | None, now: int) -> int:
+    """Return a version above the last, and above what a server restored from a backup has signed and forgotten."""
+    return max(now // 1000, 1 + (last.version if last else 0))
 
 
-def _check_unchanged(before: Mapping[str, TargetFile], after: Mapping[str, TargetFile]) -> None:
-    """What was published stays as it is; a floor may rise."""
-    for path, old in before.items():
-        new = after.get(path)
-        if new is None:
-            raise Refused(f"{path}: was published and is missing now")
-        if is_floor_path(path):
-            if _floor_in(new) < _floor_in(old):
-                raise Refused(f"{path}: the floor falls from {_floor_in(old)} to {_floor_in(new)}; it only grows")
-        elif new != old:
-            raise Refused(f"{path}: was published and never changes; publish a new version instead")
+def _version_of(targets: bytes) -> int:
+    return parse(Targets, targets, "targets", cap=MAX_METADATA_FILE).signed.version
 
 
-def _bundles_in(targets: Targets, now: int) -> Sequence[PublishedBundle]:
-    if targets.delegations is not None:
-        raise Refused("Image targets: delegations are not served here")
-    bundles = []
-    for path, target in sorted(targets.targets.items()):
-        if is_floor_path(path):
-            _floor_in(target)
-        else:
-            bundles.append(_bundle_of(path, target, now))
-    _check_families(bundles)
-    return bundles
-
-
-def _bundle_of(path: str, target: TargetFile, now: int) -> PublishedBundle:
-    if not is_bundle_path(path):
-        raise Refused(f"{path[:120]!r}: neither the path of a bundle nor of a floor")
-    release = _release_of(path, target)
-    if not 0 < target.length <= MAX_BUNDLE:
-        raise Refused(f"{path}: {target.length} bytes are not in 1…{MAX_BUNDLE}")
-    sha256 = target.hashes.get("sha256", "")
-    if not SHA256_HEX.fullmatch(sha256) or len(target.hashes) != 1:
-        raise Refused(f"{path}: exactly one hash is wanted, sha256 in hex")
-    return PublishedBundle(release=release, path=path, sha256=sha256, length=target.length, published_at=now)
-
-
-def _release_of(path: str, target: TargetFile) -> Release:
-    custom = target.custom if isinstance(target.custom, dict) else {}
-    try:
-        release = from_custom(custom.get("release"))
-        expected = bundle_path(release)
-    except (msgspec.ValidationError, IllegalName) as error:
-        raise Refused(f"{path}: custom.release: {error}") from error
-    if expected != path or not 0 < release.version <= MAX_VERSION:
-        raise Refused(f"{path}: custom.release belongs to {expected}")
-    if to_custom(release) != custom["release"]:
-        raise Refused(f"{path}: custom.release has fields or forms that this server does not know")
-    return release
-
-
-def _floor_in(target: TargetFile) -> int:
-    custom = target.custom if isinstance(target.custom, dict) else {}
-    floor = custom.get("floor")
-    if type(floor) is not int or not 0 < floor <= MAX_VERSION:
-        raise Refused(f"{target.path}: custom.floor must be a version number")
-    return floor
-
-
-def _check_families(bundles: Sequence[PublishedBundle]) -> None:
-    """Model names are unique over all families."""
-    family: dict[str, str] = {}
-    for bundle in bundles:
-        release = bundle.release
-        if family.setdefault(release.model, release.family) != release.family:
-            raise Refused(f"{bundle.path}: model {release.model} belongs to family {family[release.model]}")
+def _title(role: str) -> str:
+    return "Image targets" if role == Targets.type else f"family {role}"

@@ -4,15 +4,17 @@ Verification is python-tuf's. Knows which online keys a root must name, so that 
 valid for those who read it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TypeVar
 
 from tuf.api.exceptions import RepositoryError
-from tuf.api.metadata import Metadata, Root, Targets
+from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 from tuf.api.serialization import SerializationError
 
 from fleet_server.adapters.durable import read_capped, write_atomically
+from fleet_server.ports import RoleFact
 from fleet_server.publishing import Refused
 
 MAX_ROOT = 512_000  # bytes; python-tuf's own cap (ngclient/config.py)
@@ -23,8 +25,11 @@ _MALFORMED = (RepositoryError, SerializationError, ValueError, KeyError, TypeErr
 class RootChain:
     """All root versions, oldest first."""
 
-    def __init__(self, folder: Path, name: str, online: Mapping[str, str]) -> None:
-        """Read what is there. ``name`` is for messages; ``online`` maps role -> id of the key on this server."""
+    def __init__(self, folder: Path, name: str, online: Callable[[], Mapping[str, frozenset[str]]]) -> None:
+        """Read what is there.
+
+        ``name`` is for messages; ``online`` gives role -> ids of keys on this server, one of which a root must name.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._name = name
@@ -78,9 +83,10 @@ class RootChain:
     def _check_online_keys(self, root: Root) -> None:
         if root.consistent_snapshot is not True:
             raise Refused(f"{self._name} root: consistent_snapshot must be true")
-        for role, key_id in self._online.items():
-            if root.roles[role].threshold != 1 or key_id not in root.roles[role].keyids:
-                raise Refused(f"{self._name} root: {role} must name this server's key {key_id} with threshold 1")
+        for role, key_ids in self._online().items():
+            if root.roles[role].threshold != 1 or not key_ids & set(root.roles[role].keyids):
+                known = " or ".join(sorted(key_ids))
+                raise Refused(f"{self._name} root: {role} must name this server's key {known} with threshold 1")
 
 
 def _parse_root(data: bytes, name: str) -> Metadata[Root]:
@@ -100,12 +106,34 @@ def parse(kind: type[K], data: bytes, name: str, *, cap: int) -> Metadata[K]:
     return metadata
 
 
-def check_signed_by(root: Root, role: str, metadata: Metadata[K], name: str) -> None:
-    """Raise `Refused` unless as many of the role's keys signed as the root wants."""
+def check_signed_by(by: Root | Targets, role: str, metadata: Metadata[K], name: str) -> None:
+    """Raise `Refused` unless as many of the role's keys signed as ``by``, which delegates to it, wants."""
     try:
-        root.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
+        by.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
     except _MALFORMED as error:
-        raise Refused(f"{name}: not signed as root {root.version} requires: {error}") from error
+        raise Refused(f"{name}: not signed as {by.type} {by.version} requires: {error}") from error
+
+
+def role_fact(name: str, signed: Root | Targets | Snapshot | Timestamp, by: Root | Targets, role: str) -> RoleFact:
+    """Return what is known of a role: ``by`` is the metadata that delegates to it."""
+    delegation = by.get_delegated_role(role)
+    return RoleFact(
+        name=name,
+        version=signed.version,
+        expires_at=milliseconds_of(signed.expires),
+        threshold=delegation.threshold,
+        keys=len(delegation.keyids),
+    )
+
+
+def time_of(milliseconds: int) -> datetime:
+    """Return TUF's form of a time; TUF knows whole seconds only."""
+    return datetime.fromtimestamp(milliseconds // 1000, timezone.utc)
+
+
+def milliseconds_of(time: datetime) -> int:
+    """Return UTC ms."""
+    return int(time.timestamp()) * 1000
 
 
 def _read_all(folder: Path) -> list[bytes]:

@@ -1,7 +1,4 @@
-"""``edgewarden``: the operators' command line, a client of the REST API.
-
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not logged in, 4 the server cannot be reached.
-"""
+"""``edgewarden``: the operators' command line, a client of the REST API."""
 
 import os
 import time
@@ -10,16 +7,23 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 import protocol
 from fleet_server.api_types import DeviceView, EventView, ModelVersion, Overview, TokenCreated, TokenRequest
-from fleet_server.cli import keys, orders, output, publish
-from fleet_server.cli.keys import AsJson, Server
+from fleet_server.cli import keys, listing, orders, output, publish
+from fleet_server.cli.listing import Wide
+from fleet_server.cli.release_desk import AsJson, Server
 from protocol.states import PresenceState
 
 FOLLOW_EVERY = 1.0  # seconds
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Looks after a fleet of edge devices.")
+EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not logged in, 4 the server cannot be reached."
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Looks after a fleet of edge devices.",
+    epilog=EXIT_CODES,
+)
+ADevice = Annotated[str, typer.Argument(help="The device's id.")]
 devices_app = typer.Typer(no_args_is_help=True, help="Devices.")
 models_app = typer.Typer(no_args_is_help=True, help="Published models.")
 tokens_app = typer.Typer(no_args_is_help=True, help="Enrolment tokens.")
@@ -30,6 +34,8 @@ app.add_typer(keys.app, name="keys")
 app.command()(orders.deploy)
 app.command()(orders.rollback)
 models_app.command()(publish.publish)
+models_app.command()(publish.yank)
+models_app.command()(publish.floor)
 
 
 def _print_version(asked: bool) -> None:
@@ -80,6 +86,8 @@ def status(server: Server = None, as_json: AsJson = False) -> None:
     devices = ", ".join(f"{n} {state}" for state, n in sorted(overview.devices.items())) or "none enrolled"
     output.row(table, ["server", f"Edgewarden {overview.version}"])
     output.row(table, ["trust", "ready" if overview.trust_ready else "missing: run edgewarden keys init"])
+    for warning in overview.trust_warnings:
+        output.row(table, ["", warning])
     output.row(table, ["broker", "up" if overview.broker_up else "down"])
     output.row(table, ["devices", devices])
     output.row(table, ["reports stored", str(overview.reports)])
@@ -91,6 +99,7 @@ def status(server: Server = None, as_json: AsJson = False) -> None:
 @devices_app.command("list")
 def list_devices(
     presence: Annotated[PresenceState | None, typer.Option(help="Only devices in this state.")] = None,
+    wide: Wide = False,
     server: Server = None,
     as_json: AsJson = False,
 ) -> None:
@@ -100,15 +109,14 @@ def list_devices(
     views = tuple(view for view in views if presence in (None, view.presence))
     if as_json:
         output.print_json(views)
-        return
-    table = output.table("device", "presence", "model", "wanted", "running", "update", "accuracy 5 min", "p95 ms")
-    for view in views:
-        _add_device(table, view)
-    output.out.print(table if views else "no devices")
+    elif views:
+        listing.print_devices(views, wide=wide)
+    else:
+        output.out.print("no devices")
 
 
 @devices_app.command("show")
-def show_device(device: str, server: Server = None, as_json: AsJson = False) -> None:
+def show_device(device: ADevice, server: Server = None, as_json: AsJson = False) -> None:
     """Show one device."""
     with output.talking_to(server) as session:
         view = session.get(f"/devices/{device}", DeviceView)
@@ -131,15 +139,14 @@ def show_device(device: str, server: Server = None, as_json: AsJson = False) -> 
     ):
         output.row(table, [name, value])
     output.out.print(table)
-    models = output.table("device", "presence", "model", "wanted", "running", "update", "accuracy 5 min", "p95 ms")
-    _add_device(models, view)
-    output.out.print(models)
+    if view.models:
+        listing.print_models_of(view)
 
 
 @app.command()
 def events(
     device: Annotated[str | None, typer.Option("--device", "-d", help="Only of this device.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=1000)] = 50,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many of the newest.")] = 50,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing what happens.")] = False,
     server: Server = None,
     as_json: AsJson = False,
@@ -158,18 +165,16 @@ def events(
 
 
 @models_app.command("list")
-def list_models(server: Server = None, as_json: AsJson = False) -> None:
+def list_models(wide: Wide = False, server: Server = None, as_json: AsJson = False) -> None:
     """List published versions and how well they do."""
     with output.talking_to(server) as session:
         versions = session.get("/models", tuple[ModelVersion, ...])
     if as_json:
         output.print_json(versions)
-        return
-    table = output.table("model", "version", "variant", "title", "running on", "accuracy", "bytes", "sha256")
-    for one in versions:
-        cells = [one.model, str(one.version), one.variant, one.title, str(one.running_on)]
-        output.row(table, [*cells, output.accuracy(one.accuracy), str(one.length), one.sha256[:16]])
-    output.out.print(table if versions else "no models are published")
+    elif versions:
+        listing.print_versions(versions, wide=wide)
+    else:
+        output.out.print("no models are published")
 
 
 @tokens_app.command("create")
@@ -202,21 +207,6 @@ def main() -> None:
 
 
 # ---------------------------------------------------------------- small parts
-def _add_device(table: Table, view: DeviceView) -> None:
-    state = output.state(view.presence)
-    if not view.models:
-        output.row(table, [view.id, state])
-        return
-    for model in view.models:
-        update = output.state(model.state)
-        if model.reason:
-            update.append(f" {model.reason.value}")
-        wanted = f"v{model.wanted_version}" if model.wanted_version is not None else None
-        running = f"v{model.running_version}" if model.running_version is not None else None
-        accuracy, p95 = output.accuracy(model.accuracy), output.milliseconds(model.p95_us)
-        output.row(table, [view.id, state, model.model, wanted, running, update, accuracy, p95])
-
-
 def _print_events(newest_first: Sequence[EventView], as_json: bool) -> None:
     for event in reversed(newest_first):
         if as_json:

@@ -1,7 +1,8 @@
 """``edgewarden deploy`` and ``rollback``: gives an order, and with ``--watch`` follows it to its end."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -18,7 +19,7 @@ from fleet_server.api_types import (
     RollbackRequest,
 )
 from fleet_server.cli import output
-from fleet_server.cli.keys import AsJson, Server
+from fleet_server.cli.release_desk import AsJson, Server
 from fleet_server.cli.session import Session
 from protocol.states import DeploymentState, EventKind
 
@@ -32,6 +33,7 @@ ENDED_BADLY = frozenset(
         DeploymentState.SUPERSEDED,
     }
 )
+Model = Annotated[str, typer.Argument(help="The model's name.")]
 Everybody = Annotated[bool, typer.Option("--all", help="All devices.")]
 Devices = Annotated[list[str] | None, typer.Option("--device", "-d", help="A device; may be repeated.")]
 Watch = Annotated[bool, typer.Option("--watch", "-w", help="Follow it until it has ended on every device.")]
@@ -61,8 +63,8 @@ class Progress:
 
 
 def deploy(
-    model: str,
-    version: Annotated[int, typer.Argument(min=1)],
+    model: Model,
+    version: Annotated[int, typer.Argument(min=1, help="The version that devices shall run.")],
     *,
     everybody: Everybody = False,
     device: Devices = None,
@@ -80,7 +82,7 @@ def deploy(
 
 
 def rollback(
-    model: str,
+    model: Model,
     *,
     everybody: Everybody = False,
     device: Devices = None,
@@ -141,7 +143,7 @@ def _print_order(given: DeploymentView) -> None:
 def _watch(watcher: "Watcher", timeout: int, *, quiet: bool) -> Sequence[Progress]:
     """Show progress until every device is through, or the time is over; return how it stands then."""
     until = time.monotonic() + timeout
-    with Live(console=output.out, auto_refresh=False) as live:
+    with _live(shown=not quiet) as live:
         while True:
             progress = watcher.look()
             if not quiet:
@@ -149,6 +151,15 @@ def _watch(watcher: "Watcher", timeout: int, *, quiet: bool) -> Sequence[Progres
             if all(one.over for one in progress) or time.monotonic() > until:
                 return progress
             time.sleep(POLL)
+
+
+@contextmanager
+def _live(*, shown: bool) -> Iterator[Live]:
+    """Give a place that is drawn over on a terminal; elsewhere its last state is written, as whole lines."""
+    with Live(console=output.out, auto_refresh=False) as live:
+        yield live
+    if shown and not output.out.is_terminal:
+        output.out.line()
 
 
 @dataclass(kw_only=True)

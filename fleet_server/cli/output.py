@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 import msgspec
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +17,7 @@ from protocol.states import DeploymentState, PresenceState
 
 out, err = Console(), Console(stderr=True)
 FAILED, NOT_FOUND = 1, 1
+_NO_LIMIT = 100_000  # columns
 _TONES = {
     PresenceState.ONLINE: "green",
     PresenceState.STALE: "yellow",
@@ -61,6 +63,15 @@ def table(*columns: str) -> Table:
 def row(table_: Table, cells: Sequence[str | Text | None]) -> None:
     """Add a row; text from devices is never read as markup."""
     table_.add_row(*(cell if isinstance(cell, Text) else Text(clean(cell or "–")) for cell in cells))
+
+
+def print_table(table_: Table, *, wide: bool = False) -> None:
+    """Write a table; a wide one in full, whatever the width of the terminal."""
+    console = out
+    if wide:
+        unlimited = out.options.update(max_width=_NO_LIMIT)
+        console = Console(width=Measurement.get(out, unlimited, table_).maximum)
+    console.print(table_)
 
 
 def clean(text: str) -> str:

@@ -1,43 +1,46 @@
-"""``edgewarden models publish``: gives bundles a version, signs them into the Image repository offline, uploads them.
+"""``edgewarden models publish | yank | floor``: what the offline keys say of bundles.
 
-Knows the order: verify what the server has, sign on top of it, upload the bundles, then the metadata. The model files
-are read here and signed here; the server only ever sees the result.
+Publishing gives bundles a version. Knows the order: verify what the server has, sign on top of it, upload the
+bundles, then the metadata. The model files are read here and signed here; the server only ever sees the result.
 """
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Annotated, cast
+from typing import Annotated
 
 import msgspec
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from securesystemslib.signer import CryptoSigner
-from tuf.api.metadata import TargetFile, Targets
+from tuf.api.metadata import TargetFile
 
-from fleet_server.api_types import Publication
-from fleet_server.cli.keys import AsJson, PassphraseFile, Server, errors_said, passphrase_from
-from fleet_server.cli.session import ApiError, Session, Unreachable
-from fleet_server.cli.signing import (
-    IMAGE_TARGETS,
-    CannotSign,
-    Client,
-    KeyFolder,
-    fetch_verified,
-    now_utc,
-    releases_in,
-    sign_next,
+from fleet_server.cli import change_file, trust_table
+from fleet_server.cli.changes import Change
+from fleet_server.cli.errors import CannotSign, KeysMissing
+from fleet_server.cli.key_folder import KeyFolder
+from fleet_server.cli.release_desk import (
+    AsJson,
+    Folder,
+    Offline,
+    Opened,
+    PassphraseFile,
+    Prepare,
+    Server,
+    complete,
+    desk_at,
+    errors_said,
+    out,
+    progress,
+    shown_on,
 )
+from fleet_server.cli.session import ApiError, Unreachable
+from fleet_server.cli.signers import Passphrase
+from fleet_server.cli.signing import Client, Verified, fetch_verified, now_utc, releases_in
 from protocol.bundle import BadBundle, digest_of_stream, unpack, write_bundle
 from protocol.manifest import MANIFEST_NAME, UNPUBLISHED, BadManifest, Manifest, decode_manifest
 from protocol.names import FAMILY_NAME, MAX_BUNDLE, MAX_MANIFEST, IllegalName, check_name
 from protocol.release import DEFAULT_FAMILY, Release, bundle_path, release_of, to_custom
-
-Opened = Callable[[Path], IO[bytes]]
-_out = Console()
 
 
 class BadSource(CannotSign):
@@ -89,42 +92,82 @@ class _Packed:
 def publish(
     sources: Annotated[list[Path], typer.Argument(help="Folders with a manifest.json, or .ewb files.")],
     *,
-    keys: Annotated[Path, typer.Option("--keys", "--dir", help="The key folder.")],
+    keys: Folder,
     family: Annotated[str, typer.Option(help="The family of the models.")] = DEFAULT_FAMILY,
     title: Annotated[str | None, typer.Option(help="A name for people; the manifest's own by default.")] = None,
     server: Server = None,
     passphrase_file: PassphraseFile = None,
+    prepare: Prepare = None,
+    offline: Offline = None,
     as_json: AsJson = False,
 ) -> None:
-    """Publish bundles: the next version of each model, signed with the offline targets key."""
+    """Publish bundles: the next version of each model, signed with the offline keys of its family.
+
+    With --prepare OUT a folder is written, with the bundles and what is signed so far.
+    """
     with errors_said():
         bundles = [read_source(path, title) for path in sources]
-        folder = KeyFolder(keys)
-        signer = folder.signer(IMAGE_TARGETS, passphrase_from(passphrase_file))
-        session = Session(server)
-        try:
-            with _progress(hidden=as_json) as progress:
-                publisher = Publisher(
-                    client=session, folder=folder, signer=signer, family=family, open_bundle=_shown_on(progress)
-                )
-                published = publisher.publish(bundles)
-        finally:
-            session.close()
+        with desk_at(keys, server, offline, passphrase_file) as desk, progress(hidden=as_json) as bars:
+            publisher = Publisher(
+                client=desk.client,
+                folder=desk.folder,
+                passphrase=desk.passphrase,
+                family=family,
+                open_bundle=shown_on(bars),
+            )
+            published = publisher.prepare(bundles, prepare) if prepare else publisher.publish(bundles)
     if as_json:
         typer.echo(msgspec.json.encode(published))
         return
     for one in published:
-        line = f"published {one.model} {one.version} ({one.variant}), {one.length} bytes, sha256 {one.sha256}"
-        _out.print(line, soft_wrap=True)
+        verb = "prepared" if prepare else "published"
+        line = f"{verb} {one.model} {one.version} ({one.variant}), {one.length} bytes, sha256 {one.sha256}"
+        out.print(line, soft_wrap=True)
+
+
+def yank(
+    model: Annotated[str, typer.Argument(help="The model's name.")],
+    version: Annotated[int, typer.Argument(min=1, help="The version.")],
+    *,
+    keys: Folder,
+    reason: Annotated[str, typer.Option(help="Why; shown to whoever would deploy it.")],
+    variant: Annotated[str | None, typer.Option(help="Only this variant.")] = None,
+    server: Server = None,
+    passphrase_file: PassphraseFile = None,
+    prepare: Prepare = None,
+    offline: Offline = None,
+) -> None:
+    """Yank a version: it is not newly installed anywhere; devices that run it go on serving. A yank stays."""
+    with errors_said(), desk_at(keys, server, offline, passphrase_file) as desk:
+        change = desk.change()
+        change.yank(model, version, reason, variant)
+        desk.finish(change, prepare)
+
+
+def floor(
+    model: Annotated[str, typer.Argument(help="The model's name.")],
+    version: Annotated[int, typer.Argument(min=1, help="The lowest version that devices may run.")],
+    *,
+    keys: Folder,
+    server: Server = None,
+    passphrase_file: PassphraseFile = None,
+    prepare: Prepare = None,
+    offline: Offline = None,
+) -> None:
+    """Raise the floor of a model: devices install nothing below it, also not to roll back. It only grows."""
+    with errors_said(), desk_at(keys, server, offline, passphrase_file) as desk:
+        change = desk.change()
+        change.raise_floor(model, version)
+        desk.finish(change, prepare)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Publisher:
-    """One release person at work: the server, the key folder and its opened targets key."""
+    """One release person at work: the server, or what was fetched of it, and the key folder."""
 
     client: Client
     folder: KeyFolder
-    signer: CryptoSigner
+    passphrase: Passphrase
     family: str = DEFAULT_FAMILY
     open_bundle: Opened = lambda path: path.open("rb")
 
@@ -132,29 +175,60 @@ class Publisher:
         """Publish; when someone else published in between, do it once more on top of that."""
         _check_sources(sources, self.family)
         with tempfile.TemporaryDirectory(prefix="edgewarden-publish-") as work:
-            current = fetch_verified(self.client, self.folder).targets
+            current = fetch_verified(self.client, self.folder)
             try:
                 return self._publish_on(current, sources, Path(work))
             except Unreachable:
                 raise
             except ApiError:
-                newer = fetch_verified(self.client, self.folder).targets
-                if newer.version == current.version:
+                newer = fetch_verified(self.client, self.folder)
+                if _versions(newer) == _versions(current):
                     raise
                 return self._publish_on(newer, sources, Path(work))
 
-    def _publish_on(self, current: Targets, sources: Sequence[Source], work: Path) -> Sequence[Published]:
-        packed = [_pack(s, _next_version(current, s.manifest.model), self.family, work) for s in sources]
-        targets = sign_next(current, {bundle_path(p.release): p.target() for p in packed}, self.signer, now_utc())
+    def prepare(self, sources: Sequence[Source], folder: Path) -> Sequence[Published]:
+        """Write the bundles and what is signed so far to a folder that is carried on."""
+        _check_sources(sources, self.family)
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise BadSource(f"{folder} is there already; say a new folder with --prepare")
+        folder.mkdir(parents=True, exist_ok=True)
+        change, packed = self._signed_on(fetch_verified(self.client, self.folder), sources, folder)
+        for bundle in packed:
+            bundle.file.replace(folder / f"{bundle.sha256}.ewb")
+        file = folder / change_file.CHANGE_NAME
+        change_file.write_change(file, change, change_file.fetch(self.client))
+        trust_table.say_signed((), change.missing(), folder)
+        return [bundle.published() for bundle in packed]
+
+    def _publish_on(self, current: Verified, sources: Sequence[Source], work: Path) -> Sequence[Published]:
+        change, packed = self._signed_on(current, sources, work)
+        publication = complete(change)
         for bundle in packed:
             with self.open_bundle(bundle.file) as file:
                 self.client.upload(f"/models/bundles/{bundle.sha256}", file, bundle.length)
-        self.client.post("/models/publish", Publication(targets=targets), object)
-        self.folder.keep_targets(targets, current.version + 1)
+        self.client.post("/models/publish", publication, object)
+        for role, metadata in change.targets.items():
+            self.folder.keep_targets(metadata.to_bytes(), metadata.signed.version, role)
         return [bundle.published() for bundle in packed]
 
+    def _signed_on(
+        self, current: Verified, sources: Sequence[Source], work: Path
+    ) -> tuple[Change, Sequence[_Packed]]:
+        packed = [_pack(s, _next_version(current, s.manifest.model), self.family, work) for s in sources]
+        change = Change(base=current, now=now_utc())
+        change.add_bundles(self.family, {bundle_path(p.release): p.target() for p in packed})
+        if not change.sign(self.folder, self.passphrase):
+            raise KeysMissing(
+                f"{self.folder.path} holds no key that signs for family {self.family}\n" + "\n".join(change.missing())
+            )
+        return change, packed
 
-def _next_version(current: Targets, model: str) -> int:
+
+def _versions(current: Verified) -> Mapping[str, int]:
+    return {role: metadata.signed.version for role, metadata in current.signed.items()}
+
+
+def _next_version(current: Verified, model: str) -> int:
     return 1 + max((r.version for r in releases_in(current) if r.model == model), default=0)
 
 
@@ -235,19 +309,3 @@ class _Member(BytesIO):
         if not self.closed:
             self.content = self.getvalue()
         super().close()
-
-
-# ---------------------------------------------------------------- progress
-def _progress(*, hidden: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, disable=hidden or not console.is_terminal, transient=True)
-
-
-def _shown_on(progress: Progress) -> Opened:
-    """Return an `open` whose reading moves a bar."""
-
-    def opened(path: Path) -> IO[bytes]:
-        return cast("IO[bytes]", progress.open(path, "rb", description=path.name))
-
-    return opened

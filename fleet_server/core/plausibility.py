@@ -102,7 +102,8 @@ def _window(window: Window) -> None:
 
 def _statistics(statistics: ModelStatistics) -> None:
     _word("digest", statistics.digest, MAX_ID)
-    _counts("count", (statistics.requests, statistics.errors, statistics.dropped))
+    _counts("count", (statistics.requests, statistics.errors, statistics.dropped, statistics.late, statistics.shed))
+    _within("late and shed", statistics.late + statistics.shed, 0, statistics.dropped)
     _counts("confidence", statistics.confidence, longest=CONFIDENCE_BINS)
     _counts("classes", statistics.classes, longest=MAX_CLASSES)
     _histogram(statistics.latency)

@@ -4,6 +4,7 @@ Knows that everything is counts, so that merging is addition, and figures are co
 dated by the UTC minute of its predictions, so it belongs to the point in which that minute begins.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,9 @@ class Measured:
     requests: int
     errors: int
     latency: Histogram
+    dropped: int = 0
+    late: int = 0
+    shed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,9 @@ class Summary:
 
     requests: int = 0
     errors: int = 0
+    dropped: int = 0  # turned away; late and shed are parts of it
+    late: int = 0
+    shed: int = 0
     latency: Histogram = field(default_factory=Histogram)
     right: int = 0
     total: int = 0
@@ -73,16 +80,17 @@ class Point:
 
 def summarise(measured: Iterable[Measured], judged: Iterable[Judged]) -> Summary:
     """Add everything up."""
-    requests = errors = right = total = 0
-    latency = Histogram()
-    for window in measured:
-        requests += window.requests
-        errors += window.errors
-        latency = merge_histograms(latency, window.latency)
-    for minute in judged:
-        right += minute.right
-        total += minute.total
-    return Summary(requests=requests, errors=errors, latency=latency, right=right, total=total)
+    windows, minutes = tuple(measured), tuple(judged)
+    return Summary(
+        requests=sum(window.requests for window in windows),
+        errors=sum(window.errors for window in windows),
+        dropped=sum(window.dropped for window in windows),
+        late=sum(window.late for window in windows),
+        shed=sum(window.shed for window in windows),
+        latency=functools.reduce(merge_histograms, (window.latency for window in windows), Histogram()),
+        right=sum(minute.right for minute in minutes),
+        total=sum(minute.total for minute in minutes),
+    )
 
 
 def summarise_by_version(measured: Sequence[Measured], judged: Sequence[Judged]) -> dict[int | None, Summary]:

@@ -79,7 +79,9 @@ def image_metadata(name: FromPath[str], parts: GivenParts) -> Response[bytes]:
 
 @get(BUNDLES_PATH + "/{sha256:str}", sync_to_thread=True)
 def bundle(sha256: FromPath[str], request: AnyRequest, parts: GivenParts) -> Response[bytes] | Stream:
-    """Return a bundle, or the range of it that was asked for."""
+    """Return a bundle, or a delta of it, or the range of either that was asked for."""
+    if "from" in request.query_params:
+        return _delta(sha256, request, parts)
     length = parts.artifacts.length(sha256)
     if length is None:
         raise NotFoundException("there is no such bundle")
@@ -87,6 +89,23 @@ def bundle(sha256: FromPath[str], request: AnyRequest, parts: GivenParts) -> Res
         parts.artifacts.open(sha256),
         length,
         etag=sha256,
+        range_=request.headers.get("range"),
+        if_range=request.headers.get("if-range"),
+    )
+
+
+def _delta(sha256: str, request: AnyRequest, parts: Parts) -> Response[bytes] | Stream:
+    """Answer with a delta; one that is not here yet is made for those who ask later."""
+    base, method = request.query_params["from"], request.query_params.get("method", "")
+    try:
+        file, delta = parts.deltas.open(base, sha256, method)
+    except KeyError:
+        parts.deltas.prepare([(base, sha256)])
+        raise NotFoundException("there is no such delta; fetch the bundle itself") from None
+    return send_file(
+        file,
+        delta.length,
+        etag=delta.sha256,
         range_=request.headers.get("range"),
         if_range=request.headers.get("if-range"),
     )

@@ -3,11 +3,14 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime, timezone
 
 import msgspec
 
 import protocol
-from fleet_server.api_types import DeviceView, Overview, TrustStatus
+from fleet_server.api_types import DeviceView, Overview, RoleStatus, TrustStatus
+from fleet_server.core.expiry import remind
+from fleet_server.ports import Director, ImageRepository, RoleFact
 from fleet_server.web.services import Parts
 
 
@@ -34,6 +37,7 @@ def overview_of(parts: Parts, devices: Sequence[DeviceView]) -> Overview:
         devices=dict(Counter(device.presence.value for device in devices)),
         reports=reports,
         dead_letters=dead_letters,
+        trust_warnings=trust_warnings(parts.director, parts.image, parts.clock()),
     )
 
 
@@ -50,7 +54,43 @@ def trust_of(parts: Parts) -> TrustStatus:
         director_root_version=len(parts.director.roots()) or None,
         targets_version=targets.version if targets else None,
         targets_expires=targets.expires if targets else None,
+        roles=roles_of(parts.director, parts.image, parts.clock()),
+        targets_versions=_targets_versions(parts.image.roles()),
     )
+
+
+def roles_of(director: Director, image: ImageRepository, now: int) -> tuple[RoleStatus, ...]:
+    """Return every role of both repositories, and when someone must act."""
+    root = director.root_fact()
+    return tuple(_role_status(fact, now) for fact in (*([root] if root else []), *image.roles()))
+
+
+def trust_warnings(director: Director, image: ImageRepository, now: int) -> tuple[str, ...]:
+    """Return what people must do soon, a sentence each."""
+    return tuple(role.warning for role in roles_of(director, image, now) if role.warning)
+
+
+def _role_status(fact: RoleFact, now: int) -> RoleStatus:
+    reminder = remind(fact.name, fact.expires_at, now)
+    return RoleStatus(
+        name=fact.name,
+        version=fact.version,
+        expires=datetime.fromtimestamp(fact.expires_at / 1000, timezone.utc).isoformat(),
+        days_left=reminder.days_left,
+        threshold=fact.threshold,
+        keys=fact.keys,
+        warning=reminder.warning,
+        command=reminder.command,
+    )
+
+
+def _targets_versions(roles: Sequence[RoleFact]) -> dict[str, int]:
+    others = {"image-root", "image-snapshot", "image-timestamp"}
+    return {
+        "targets" if fact.name == "image-targets" else fact.name: fact.version
+        for fact in roles
+        if fact.name not in others
+    }
 
 
 def _is_ready(parts: Parts) -> bool:

@@ -1,14 +1,23 @@
 """What the web needs of the rest of the server, in one fact that `app.py` fills."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from litestar.di import NamedDependency
 from litestar.params import SkipValidation
 
 from fleet_server.adapters.database.queries import Queries
 from fleet_server.enrolment import Enrolment
-from fleet_server.ports import Artifacts, Authority, DesiredStates, Director, ImageRepository, Registry
+from fleet_server.ports import (
+    Artifacts,
+    Authority,
+    Deltas,
+    DesiredStates,
+    Director,
+    ImageRepository,
+    NoDeltas,
+    Registry,
+)
 from fleet_server.publishing import Publishing
 from fleet_server.rollouts import Rollouts
 
@@ -30,6 +39,7 @@ class Parts:
     broker_up: Callable[[], bool]
     epoch: str
     clock: Callable[[], int]
+    deltas: Deltas = field(default_factory=NoDeltas)
 
 
 # What handlers write as the type of their ``parts``: Litestar passes it through unchecked.

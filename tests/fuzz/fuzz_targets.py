@@ -16,10 +16,15 @@ import numpy as np
 from agent.channel import Channel, ChannelClosed
 from agent.client import Client, InferenceError
 from agent.config import AgentSettings
+from agent.core.pipelines import ImagePreprocess, JsonPreprocess, RawPreprocess
+from agent.inference.answering import encode_answer
 from agent.inference.encoding import accepted_coding, coding_of, inflated
 from agent.inference.http import Disconnected, HttpConnection, Limits
 from agent.inference.parsing import HttpError, check_local, parse_head
-from agent.inference.tensors import BadTensor, NotARequest, Signature, decode_call, encode_answer, size
+from agent.inference.pipelines.flow import BadFrame
+from agent.inference.pipelines.preparing import prepare
+from agent.inference.reading import decode_call
+from agent.inference.tensors import BadTensor, NotARequest, Signature, size
 from protocol.bundle import BadBundle, unpack
 from protocol.codec import (
     BadMessage,
@@ -44,6 +49,12 @@ _DIGITS = Signature(
     version=1,
     inputs=(TensorSpec(name="image", dtype="INT8", shape=(1, 8)),),
     outputs=(TensorSpec(name="scores", dtype="INT8", shape=(1, 3)),),
+)
+_PICTURE = Signature(
+    model="picture",
+    version=3,
+    inputs=(TensorSpec(name="photo", dtype="INT8", shape=(1, 4, 4, 3), scale=0.1, zero_point=-3),),
+    outputs=(),
 )
 _PAIR = Signature(
     model="pair",
@@ -100,6 +111,18 @@ def tensors(data: bytes) -> None:
             continue
         assert [len(one) for one in call.inputs] == [size(spec) for spec in signature.inputs]
         encode_answer(call, "id", [bytes(size(spec)) for spec in signature.outputs], signature)
+
+
+def frame(data: bytes) -> None:
+    """Make tensors of a pipeline's frame; the first byte chooses how."""
+    hows = (RawPreprocess(), JsonPreprocess(), JsonPreprocess(values="tensor"), ImagePreprocess())
+    how = hows[data[0] % len(hows)] if data else hows[0]
+    for signature in (_DIGITS, _PAIR, _PICTURE):
+        try:
+            inputs = prepare(data[1:], how, signature)
+        except (BadFrame, BadTensor):
+            continue
+        assert [len(one) for one in inputs] == [size(spec) for spec in signature.inputs]
 
 
 def answer(data: bytes) -> None:
@@ -192,6 +215,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             connection,
             body,
             tensors,
+            frame,
             answer,
             bundle,
             manifest,

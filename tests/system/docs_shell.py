@@ -25,7 +25,9 @@ PATIENCE = 120.0  # seconds that a page may take
 MARK = "end of block"
 _BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 _MARK = re.compile(rf"\n{MARK} \d+ (\d+)\n")
-_CHANGES = re.compile(r"[0-9a-f]{12,}|-?\d+(?:\.\d+)?|litert|tflite[_-]runtime|\s+")  # by run or by machine
+_CHANGES = re.compile(
+    r"[0-9a-f]{12,}|\b[0-9a-f]{8}\b|-?\d+(?:\.\d+)?|litert|tflite[_-]runtime|\s+"
+)  # by run or by machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,11 @@ def type_page(page: Path, home: Path, ports: Sequence[int]) -> list[Said]:
         Said(typed=typed, shown=shown, code=int(code), text=text)
         for (_, typed, shown), (text, code) in zip(blocks, outcomes, strict=True)
     ]
+
+
+def typed_in(page: Path) -> list[str]:
+    """Return what a page has its reader type."""
+    return [typed for _, typed, _ in _BLOCK.findall(page.read_text())]
 
 
 def processes_naming(folder: Path) -> list[str]:

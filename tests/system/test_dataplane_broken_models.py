@@ -83,6 +83,27 @@ def huge_arena(model: schema.ModelT) -> None:
     graph.operators.append(resize)
 
 
+def weights_flipped(model: bytes) -> bytes:
+    """Flip one bit in every hundredth byte of the largest buffer: the file stays a flatbuffer, and loads."""
+    weights = max((buffer.data for buffer in schema.ModelT.InitFromPackedBuf(model, 0).buffers), key=_size)
+    start, damaged = model.index(bytes(weights)), bytearray(model)
+    for place in range(start, start + len(weights), 100):
+        damaged[place] ^= 0x40
+    return bytes(damaged)
+
+
+def _size(data: object) -> int:
+    return 0 if data is None else len(data)  # type: ignore[arg-type]  # a numpy array
+
+
+def offsets_flipped(model: bytes) -> bytes:
+    """Flip the high bits of the offsets that the flatbuffer begins with: they lead out of the file."""
+    damaged = bytearray(model)
+    for place in range(11, 200, 4):
+        damaged[place] ^= 0x7F
+    return bytes(damaged)
+
+
 def tried(
     tmp_path: Path, manifest: Manifest, content: dict[str, bytes], runtime: str, **limits: object
 ) -> TrialVerdict:
@@ -126,6 +147,8 @@ def test_writing_the_flatbuffer_anew_is_not_what_fails(tmp_path: Path, runtime: 
         pytest.param(lambda model: model[: len(model) // 2], id="half-of-it"),
         pytest.param(lambda model: bytes(len(model)), id="zeros"),
         pytest.param(lambda model: model[:64] + bytes(255 - byte for byte in model[64:]), id="every-bit-flipped"),
+        pytest.param(weights_flipped, id="bits-of-the-weights-flipped"),
+        pytest.param(offsets_flipped, id="bits-of-the-offsets-flipped"),
     ],
 )
 def test_a_damaged_file_fails_on_either_runtime(

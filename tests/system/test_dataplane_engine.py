@@ -39,20 +39,24 @@ from agent.channel import (
     Answer,
     Hung,
     Refused,
+    SelfTested,
     Serving,
     Shadow,
     ShadowDelta,
     ShadowEnded,
     Shadowing,
+    StatisticsDelta,
     Withdrawn,
 )
 from agent.core.facts import DeviceFacts, Target, VerifiedDesire
+from agent.core.health import HealthLimits
 from agent.core.shadowing import ShadowCounts, add
 from agent.ports import DataPlaneExit, StoredModel
-from agent.updater import Updater
+from agent.updater import Calm, Updater
+from agent.verdicts import Verdicts
 from protocol.bundle import digest_of_stream
 from protocol.manifest import MANIFEST_NAME, decode_manifest, encode_manifest
-from protocol.release import Assignment, DeviceConfig, release_of
+from protocol.release import Assignment, DeviceConfig, ShadowTerms, release_of
 from protocol.states import DeploymentState, RejectReason, RuntimeName
 
 QUICK = ["--invoke-seconds", "0.5"]
@@ -125,10 +129,14 @@ class Fleet:
 
     def __init__(self, folder: Path, control: Control) -> None:
         self.folder = folder
+        self.ahead = 0.0  # seconds by which the test lets time pass
         self.bundles: dict[str, Path] = {}
         self.items: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.told: list[tuple[DeploymentState | None, RejectReason | None, str]] = []
         self.background = ThreadBackground(self.items.put)
+        self.verdicts = Verdicts(
+            plane=control.supervisor, monotonic=self.monotonic, probation_ms=600_000, limits=HealthLimits()
+        )
         self.updater = Updater(
             facts=DeviceFacts(device_class="any", runtimes=(RuntimeName.LITERT,), memory_total=10**10),
             deployments=DeploymentFile(folder / "deployments.json"),
@@ -140,10 +148,15 @@ class Fleet:
             events=self,
             changed=lambda: None,
             random=random.random,
-            probation_ms=600_000,
+            monotonic=self.monotonic,
+            verdicts=self.verdicts,
+            calm=Calm(),
         )
         control.on_event = lambda event: self.items.put(lambda: self._hear(event))
         self.updater.start(_now())
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
 
     def fetch(self, target: Target, progress: object, cancelled: object) -> str:
         return str(self.bundles[target.sha256])
@@ -161,13 +174,13 @@ class Fleet:
     ) -> None:
         self.told.append((state, reason, detail))
 
-    def want(self, bundle: Path, manifest: object) -> None:
+    def want(self, bundle: Path, manifest: object, shadow: ShadowTerms | None = None) -> None:
         with bundle.open("rb") as stream:
             digest = digest_of_stream(stream)
         self.bundles[digest] = bundle
         target = Target(
             release=release_of(manifest),
-            assignment=Assignment(rollout="r"),
+            assignment=Assignment(rollout="r", shadow=shadow),
             sha256=digest,
             length=bundle.stat().st_size,
         )
@@ -192,6 +205,12 @@ class Fleet:
                 self.updater.plane_withdrew(event, _now())
             case DataPlaneExit(planned=False):
                 self.updater.plane_died(_now())
+            case StatisticsDelta():
+                self.verdicts.count(event)
+            case SelfTested():
+                self.verdicts.tested(event)
+            case Shadowing() | ShadowDelta() | ShadowEnded():
+                self.verdicts.shadowed(event)
 
 
 def _now() -> int:
@@ -218,7 +237,7 @@ def test_a_model_that_passes_its_trial_and_hangs_in_the_field_is_taken_back_by_t
     with fleet(tmp_path) as (one, control):
         one.want(write_ewb(tmp_path / "v1.ewb", good, members("v1")), good)
         one.run_until(DeploymentState.PROBATION)
-        one.updater._due["digits"] = (0, one.updater._due["digits"][1])  # probation is over
+        one.ahead = 601.0  # probation is over, and the golden samples are run where the model serves
         one.run_until(DeploymentState.COMMITTED)
         one.want(write_ewb(tmp_path / "v2.ewb", bad, content), bad)
         one.run_until(DeploymentState.PROBATION)
@@ -233,6 +252,60 @@ def test_a_model_that_passes_its_trial_and_hangs_in_the_field_is_taken_back_by_t
     states = [state for state, _, _ in one.told]
     assert states[-2:] == [DeploymentState.ROLLING_BACK, DeploymentState.ROLLED_BACK]
     assert one.told[-2][1] is RejectReason.CRASHED_IN_PROBATION
+
+
+def commit(one: Fleet, folder: Path, example: str, version: int, shadow: ShadowTerms | None = None) -> None:
+    manifest = manifest_of(example, version)
+    one.want(write_ewb(folder / f"{example}-{version}.ewb", manifest, members(example)), manifest, shadow)
+    one.run_until(DeploymentState.PROBATION)
+    one.ahead += 601.0
+    one.run_until(DeploymentState.COMMITTED)
+
+
+def test_a_model_that_its_clients_cannot_use_is_taken_back_by_the_device(tmp_path: Path) -> None:
+    """It passes its own golden samples; but what clients send does not fit it, and every request fails."""
+    other = tmp_path / "other"
+    other.mkdir()
+    bad = endless_members(other, 2)
+    content = {path.name: path.read_bytes() for path in other.iterdir()}
+    image = heldout()[0][0].tobytes()
+    with fleet(tmp_path) as (one, control):
+        commit(one, tmp_path, "v1", 1)
+        for _ in range(50):
+            assert ask(control.unix, "digits", image) == 200
+        one.want(write_ewb(tmp_path / "v2.ewb", bad, content), bad)
+        one.run_until(DeploymentState.PROBATION)
+        for _ in range(50):
+            ask(control.unix, "digits", image)
+        one.run_until(DeploymentState.ROLLED_BACK)
+        assert ask(control.unix, "digits", image) == 200
+    assert one.told[-2][1] is RejectReason.TOO_MANY_ERRORS
+
+
+def test_a_candidate_shadows_live_requests_before_it_takes_over(tmp_path: Path) -> None:
+    images = [image.tobytes() for image in heldout()[0]]
+    terms = ShadowTerms(share=1000, requests=40, seconds=3600, agreement=800)
+    second = manifest_of("v2", 2)
+    with fleet(tmp_path) as (one, control):
+        commit(one, tmp_path, "v1", 1)
+        one.want(write_ewb(tmp_path / "v2.ewb", second, members("v2")), second, terms)
+        one.run_until(DeploymentState.SHADOW)
+        deadline = time.monotonic() + 3 * PATIENCE
+        while one.updater.records()[0].state is DeploymentState.SHADOW:
+            assert time.monotonic() < deadline, one.told
+            assert ask(control.unix, "digits", images[one.items.qsize() % len(images)]) == 200
+            with suppress(queue.Empty):
+                one.items.get(timeout=0.01)()
+            one.updater.tick(_now())
+        one.run_until(DeploymentState.PROBATION)
+        one.ahead += 601.0
+        one.run_until(DeploymentState.COMMITTED)
+        assert (ask(control.unix, "digits", images[0], "2"), ask(control.unix, "digits", images[0], CANDIDATE)) == (
+            200,
+            404,
+        )
+    agreed = next(detail for state, _, detail in one.told if state is DeploymentState.SWAPPING and "agreed" in detail)
+    assert "0 failed" in agreed
 
 
 # ---------------------------------------------------------------- memory

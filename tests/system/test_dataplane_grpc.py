@@ -68,6 +68,7 @@ def test_every_call_of_the_blocking_client(address: str) -> None:
         assert "INT8" == client.get_model_metadata("digits", as_json=True)["inputs"][0]["datatype"]
         config = client.get_model_config("digits").config
         assert (0, "tflite", [1, 8, 8, 1]) == (config.max_batch_size, config.backend, list(config.input[0].dims))
+        assert "-128" == config.parameters["quantization.input.image.zero_point"].string_value
         assert ["READY"] == [one.state for one in client.get_model_repository_index().models]
         before = client.get_inference_statistics("digits").model_stats[0].inference_count
         answer = client.infer("digits", [image_input()], request_id="r", sequence_id=5, parameters={"mine": True})

@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from dataplane_parts import Control, UnixClient, control_side, heldout, store
 
-from agent.channel import Configure
+from agent.channel import CANDIDATE, Configure, Shadow, ShadowDelta, Shadowing
 from agent.config import AgentSettings, load_settings
 from agent.inference.samples import SampleFolder
+from runtime.interpreter import LoadedModel, open_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "digits"
 PATIENCE = 20.0
@@ -211,6 +213,54 @@ def test_samples_are_kept_inside_the_budget_through_a_kill_and_told_of_on_the_un
     kept = {folder.read(sample_id).inputs[0].data for sample_id, _ in folder.ids()}
     assert kept <= {image.tobytes() for image in images[:9]}
     assert 4 == len(kept)
+
+
+def _labels(example: str, images: list[np.ndarray]) -> list[int]:
+    with open_model(EXAMPLES / example / "model.tflite") as model:
+        return [_label(model, image) for image in images]
+
+
+def _label(model: LoadedModel, image: np.ndarray) -> int:
+    model.fill(0, image.tobytes())
+    model.invoke()
+    return int(model.array(0).argmax())
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept", "refused"),
+    [
+        pytest.param("", ["disagreement"] * 3, {}, id="only-what-they-disagree-on"),
+        pytest.param("samples_per_day = 2", ["disagreement"] * 2, {"samples-per-day": 1}, id="inside-the-budget"),
+        pytest.param("random = 1.0", ["random"] * 6, {}, id="nothing-twice"),
+    ],
+)
+def test_what_candidate_and_stable_disagree_on_is_captured(
+    tmp_path: Path, policy: str, kept: list[str], refused: dict[str, int]
+) -> None:
+    images = list(heldout()[0][:200])
+    both = list(zip(images, _labels("v1", images), _labels("v3", images), strict=True))
+    disputed = [(image, first) for image, first, other in both if first != other][:3]
+    agreed = [(image, first) for image, first, other in both if first == other][:3]
+    with agent(tmp_path, f"[capture]\nenabled = true\ndisagreement = true\n{policy}\n") as control:
+        control.serve(store(tmp_path, "v1", 1))
+        control.serve(store(tmp_path, "v3", 3), CANDIDATE)
+        control.supervisor.shadow(Shadow(ticket=900, model="digits", share=1.0, cpu=1.0))
+        control.wait_for(lambda event: isinstance(event, Shadowing))
+        client = UnixClient(control.unix)
+        for image, _ in (*disputed, *agreed):
+            assert 200 == client.infer(image)[0]
+        client.close()
+        eventually(lambda: sum(e.counts.compared for e in control.heard if isinstance(e, ShadowDelta)) == 6)
+        eventually(lambda: len(asked(control, "/v2/captures")[1]["captures"]) == len(kept))
+        eventually(lambda: asked(control, "/v2/captures")[1]["refused"] == refused)
+        _, listed = asked(control, "/v2/captures")
+    assert kept == [one["trigger"] for one in listed["captures"]]
+    if "disagreement" in kept:
+        folder = SampleFolder(tmp_path / "state")
+        samples = [folder.read(one["id"]) for one in listed["captures"]]
+        found = {(one.inputs[0].data, one.head.label, one.head.version) for one in samples}
+        assert len(found) == len(kept)
+        assert found <= {(image.tobytes(), label, 1) for image, label in disputed}
 
 
 def _over_tcp(control: Control, path: str) -> int:

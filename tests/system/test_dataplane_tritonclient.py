@@ -106,6 +106,10 @@ def test_health_metadata_config_index_and_statistics(client: triton.InferenceSer
         config["input"][0]["dims"],
         config["input"][0]["data_type"],
     )
+    told = {name: one["string_value"] for name, one in config["parameters"].items()}
+    scale, zero = (told[f"quantization.input.image.{name}"] for name in ("scale", "zero_point"))
+    assert np.array_equal(np.rint(np.array([0, 1]) / float(scale)) + int(zero), [-128, 127])
+    assert {"quantization.output.scores.scale", "quantization.output.scores.zero_point"} <= set(told)
     assert [{"name": "digits", "version": "2", "state": "READY", "reason": ""}] == client.get_model_repository_index()
 
 

@@ -38,10 +38,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 def child_of(pid: int, word: str) -> int:
-    for child in psutil.Process(pid).children(recursive=True):
-        if word in " ".join(child.cmdline()):
-            return child.pid
-    raise AssertionError(f"{pid} has no child {word}")
+    """Return the oldest child of a kind: of two data planes, the younger is a spare."""
+    children = psutil.Process(pid).children(recursive=True)
+    found = [child for child in children if word in " ".join(child.cmdline())]
+    assert found, f"{pid} has no child {word}"
+    return min(found, key=lambda child: child.create_time()).pid
 
 
 def is_dead(pid: int) -> bool:
@@ -142,6 +143,19 @@ def test_sums_are_never_more_than_clients_counted_and_at_most_seconds_less(world
         lost = answered - stored
         allowed = kills[name] * STATISTICS_SECONDS * world.rate
         assert 0 <= lost <= allowed, f"{name}: answered {answered}, stored {stored}"
+
+
+def test_the_local_command_line_shows_holds_takes_back_and_verifies(world: World) -> None:
+    world.wait("digits 1 committed", lambda: world.model_on(FIRST).state.value == "committed")
+    status = world.local(FIRST, "status", "--json")
+    assert (FIRST, True, 1) == (status["device"], status["connected"], status["models"][0]["serving"])
+    assert "wait for 600 s" in world.local(FIRST, "hold", "--for", "10m", "--json")["said"]
+    assert world.local(FIRST, "status", "--json")["hold_until"] > 0
+    world.local(FIRST, "hold", "--release", "--json")
+    assert [""] == [bundle["damage"] for bundle in world.local(FIRST, "verify", "--json")["bundles"]]
+    assert ["digits 1"] == world.local(FIRST, "trust", "--json")["models"]
+    states = [step["state"] for step in world.local(FIRST, "history", "--json")["steps"]]
+    assert ["committed", "probation", "swapping"] == states[:3]
 
 
 def test_a_full_disk_is_said_and_leaves_what_serves(world: World) -> None:

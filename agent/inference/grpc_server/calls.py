@@ -6,7 +6,10 @@ Inputs come raw, or as typed values; answers are always raw, for that is what cl
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from agent.inference.answering import select
 from agent.inference.grpc_server.messages import message
+from agent.inference.reading import collect
+from agent.inference.reading_json import checked_id, wanted, whole
 from agent.inference.service import Answered
 from agent.inference.tensors import (
     BYTES,
@@ -18,11 +21,6 @@ from agent.inference.tensors import (
     Parameters,
     Signature,
     WantedOutput,
-    checked_id,
-    collect,
-    select,
-    wanted,
-    whole,
 )
 
 _RESPONSE = message("ModelInferResponse")

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import grpc
 import msgspec
 
-from agent.inference.describe import metadata, model_config
+from agent.inference.describe import model_config
 from agent.inference.grpc_server.calls import decoder, encode
 from agent.inference.grpc_server.messages import SERVICE, DecodeError, Message, from_json, message
 from agent.inference.service import Failure, Kind, Service
@@ -117,7 +117,7 @@ class GrpcServer:
             ),
             "ModelMetadata": (
                 "ModelMetadataRequest",
-                lambda asked: _described("ModelMetadataResponse", metadata(service.find(asked.name, asked.version))),
+                lambda asked: _described("ModelMetadataResponse", service.metadata(asked.name, asked.version)),
             ),
             "ModelConfig": (
                 "ModelConfigRequest",

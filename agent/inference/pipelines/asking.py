@@ -15,7 +15,7 @@ import numpy as np
 
 from agent.core.pipelines import Preprocess
 from agent.inference.engine import Engine
-from agent.inference.generation import Generation, Retired
+from agent.inference.generation import NORMAL, Generation, Retired, Urgency
 from agent.inference.pipelines.flow import Data
 from agent.inference.pipelines.preparing import prepare
 from agent.inference.prediction import Predictor
@@ -45,7 +45,15 @@ class Asker:
     """Asks one model for one pipeline. Used by one thread."""
 
     def __init__(
-        self, engine: Engine, *, pipeline: str, model: str, how: Preprocess, outputs: bool, now_ms: Callable[[], int]
+        self,
+        engine: Engine,
+        *,
+        pipeline: str,
+        model: str,
+        how: Preprocess,
+        outputs: bool,
+        now_ms: Callable[[], int],
+        urgency: Urgency = NORMAL,
     ) -> None:
         """``outputs``: results carry the outputs' numbers also for models with classes."""
         self._engine = engine
@@ -53,6 +61,7 @@ class Asker:
         self._model = model
         self._how = how
         self._outputs = outputs
+        self._urgency = urgency
         self._now_ms = now_ms
         self._prefix = f"{pipeline}-{secrets.token_hex(4)}"
         self._numbers = itertools.count(1)
@@ -75,7 +84,7 @@ class Asker:
                 raise
             request_id = f"{self._prefix}-{next(self._numbers):x}"
             try:
-                outputs = found.run(request_id, inputs)
+                outputs = found.run(request_id, inputs, self._urgency)
             except Retired:
                 continue  # a swap came between: ask the new one, against its own tensors
             return msgspec.json.encode(self._result(found, frame, request_id, outputs, started))

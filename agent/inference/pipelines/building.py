@@ -21,6 +21,7 @@ from agent.core.pipelines import (
 from agent.core.pipelines import Sink as SinkSettings
 from agent.core.pipelines import Source as SourceSettings
 from agent.inference.engine import Engine
+from agent.inference.generation import Urgency
 from agent.inference.pipelines.asking import Asker
 from agent.inference.pipelines.children import ExecDelivery, ExecFrames
 from agent.inference.pipelines.delivery import Delivery
@@ -38,6 +39,7 @@ def build(settings: PipelineSettings, engine: Engine) -> Pipeline:
         model=settings.model,
         how=settings.preprocess,
         outputs=settings.outputs,
+        urgency=Urgency(settings.priority),
         now_ms=lambda: time.time_ns() // 1_000_000,
     )
     deliveries = [

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import IO
 
 from agent.core.pipelines import ExecSink, ExecSource
-from agent.inference.pipelines.flow import BadFrame, Feed, Frame, SinkFailed, SourceFailed
+from agent.inference.pipelines.flow import BadFrame, Feed, SinkFailed, SourceFailed, ready_frame
 
 CHUNK = 64 * 1024
 TAKE_SECONDS = 10.0  # a sink's program that has not read a result by then is started again
@@ -129,11 +129,6 @@ def run_once(command: Sequence[str], *, given: bytes = b"", cap: int, seconds: f
     if code != 0:
         raise BadFrame(f"{command[0]} ended with code {code}")
     return output
-
-
-def ready_frame(name: str, data: bytes) -> Frame:
-    """Return a frame whose bytes are here already."""
-    return Frame(name=name, read=lambda: data)
 
 
 # ---------------------------------------------------------------- splitting

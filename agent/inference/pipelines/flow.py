@@ -57,6 +57,11 @@ class Frame:
     settle: Callable[[Outcome], None] = _nothing  # called once
 
 
+def ready_frame(name: str, data: bytes) -> Frame:
+    """Return a frame whose bytes are here already."""
+    return Frame(name=name, read=lambda: data)
+
+
 class Feed(Protocol):
     """What a source is given."""
 

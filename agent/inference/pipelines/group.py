@@ -10,10 +10,12 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from agent.inference.pipelines.children import ready_frame
-from agent.inference.pipelines.pipeline import Pipeline
+from agent.inference.pipelines.flow import ready_frame
+
+if TYPE_CHECKING:  # where no pipeline is configured, what they are made of is not imported
+    from agent.inference.pipelines.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ class NoRoom(Exception):
 class Pipelines:
     """Implements nothing; wires pipelines to a process."""
 
-    def __init__(self, pipelines: Sequence[Pipeline], state: Path | None = None) -> None:
+    def __init__(self, pipelines: "Sequence[Pipeline]", state: Path | None = None) -> None:
         """``state``: folder whose lock is shared with the process that comes before or after this one."""
         self._pipelines = {one.settings.name: one for one in pipelines}
         self._state = state
@@ -97,7 +99,7 @@ class Pipelines:
         """Return how each is faring."""
         return [one.describe() for one in self._pipelines.values()]
 
-    def find(self, name: str) -> Pipeline:
+    def find(self, name: str) -> "Pipeline":
         """Return a pipeline; raise `UnknownPipeline`."""
         found = self._pipelines.get(name)
         if found is None:
@@ -105,7 +107,7 @@ class Pipelines:
             raise UnknownPipeline(f"there is no pipeline {name[:80]!r} here; those that are: {known}")
         return found
 
-    def pushed(self, name: str) -> Pipeline:
+    def pushed(self, name: str) -> "Pipeline":
         """Return a pipeline that takes frames from local programs; raise `UnknownPipeline` or `NotPushed`."""
         found = self.find(name)
         if (kind := found.settings.source.__struct_config__.tag) != "http":
@@ -138,7 +140,7 @@ class Pipelines:
                     yield f"{name}{{{labels}}} {getattr(sink, attribute)}"
 
 
-_COUNTERS: tuple[tuple[str, str, Callable[[Pipeline], int]], ...] = (
+_COUNTERS: "tuple[tuple[str, str, Callable[[Pipeline], int]], ...]" = (
     ("edgewarden_pipeline_frames", "Frames that came from the source", lambda one: one.frames),
     ("edgewarden_pipeline_answered", "Frames that the model answered", lambda one: one.answered),
     ("edgewarden_pipeline_dropped", "Frames that a newer one pushed out", lambda one: one.mailbox.dropped),

@@ -1,9 +1,10 @@
-"""A broker of this site as source or sink: plain MQTT 5 on a trusted network, with paho.
+"""A broker of this site as source or sink: MQTT 5 with paho, over TLS or, on a trusted network, without.
 
 Not the device's uplink: that one has its own adapter, identity and rules. A connection that breaks is a failure; when
-to try again is decided by the pipeline.
+to try again is decided by the pipeline. Files of certificates are read at each connection, so renewed ones count.
 """
 
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,8 +17,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from agent.core.pipelines import MqttSink, MqttSource
-from agent.inference.pipelines.children import ready_frame
-from agent.inference.pipelines.flow import Feed, SinkFailed, SourceFailed
+from agent.inference.pipelines.flow import Feed, SinkFailed, SourceFailed, ready_frame
 
 KEEPALIVE = 30  # seconds
 ANSWER_SECONDS = 10.0  # for CONNECT, SUBSCRIBE, PUBLISH
@@ -38,6 +38,7 @@ class Connection:
         self._where = f"{settings.host}:{settings.port}"
         self._cap = cap
         self._refusal = ""
+        self._hint = _hint(settings)  # until the broker has answered
         self._acknowledged: set[int] = set()
         self._client = Client(CallbackAPIVersion.VERSION2, protocol=MQTTProtocolVersion.MQTTv5)
         self._client.connect_timeout = ANSWER_SECONDS
@@ -46,6 +47,8 @@ class Connection:
         self._client.on_publish = lambda _c, _u, number, _r, _p: self._acknowledged.add(number)
         if settings.username:
             self._client.username_pw_set(settings.username, _password(settings.password_file))
+        if settings.tls:
+            self._client.tls_set_context(_tls(settings))
         self._open(settings)
 
     def close(self) -> None:
@@ -76,7 +79,7 @@ class Connection:
         if self._refusal:
             raise BrokerFailed(f"{self._where}: {self._refusal}")
         if result is not MQTTErrorCode.MQTT_ERR_SUCCESS:
-            raise BrokerFailed(f"{self._where}: the connection broke")
+            raise BrokerFailed(f"{self._where}: the connection broke{self._hint}")
         announced = self._client._in_packet["remaining_length"]  # noqa: SLF001 - nothing public tells in time
         if announced > self._cap:
             raise BrokerFailed(f"{self._where}: the broker sends {announced} bytes, over the cap of {self._cap}")
@@ -87,6 +90,10 @@ class Connection:
         try:
             self._client.connect(settings.host, settings.port, KEEPALIVE, properties=properties)
             self._until(self._client.is_connected, "does not answer")
+            self._hint = ""
+        except ssl.SSLCertVerificationError as error:
+            said = f"{self._where}: the broker's certificate is not trusted: {error.verify_message}"
+            raise BrokerFailed(said) from error
         except (OSError, ValueError) as error:
             raise BrokerFailed(f"{self._where}: {error}") from error
         except BrokerFailed:
@@ -173,6 +180,40 @@ class MqttDelivery:
 
 def _hand_over(feed: Feed, message: MQTTMessage) -> None:
     feed.put(ready_frame(message.topic, bytes(message.payload)))
+
+
+def _hint(settings: MqttSource | MqttSink) -> str:
+    """Return what to think of when the broker hangs up before it has said anything."""
+    if not settings.tls:
+        return " before the broker answered; it may speak TLS only (tls = true)"
+    return "" if settings.certificate_file else " before the broker answered; it may want a certificate_file"
+
+
+class _Socket(ssl.SSLSocket):
+    """Closes when the handshake fails: paho forgets such a socket."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        try:
+            super().do_handshake(block)
+        except OSError:
+            self.close()
+            raise
+
+
+def _tls(settings: MqttSource | MqttSink) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=settings.ca_file or None)
+    except OSError as error:
+        raise BrokerFailed(f"the CA file {settings.ca_file} cannot be used: {error}") from error
+    context.sslsocket_class = _Socket
+    if settings.certificate_file:
+        try:
+            # An encrypted key must not ask for its passphrase on somebody's terminal.
+            context.load_cert_chain(settings.certificate_file, settings.key_file, password=lambda: "")
+        except OSError as error:
+            files = f"{settings.certificate_file} with {settings.key_file}"
+            raise BrokerFailed(f"the certificate {files} cannot be used: {error}") from error
+    return context
 
 
 def _password(file: str) -> str | None:

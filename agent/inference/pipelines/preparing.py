@@ -77,8 +77,10 @@ def _numbers(values: object, how: JsonPreprocess, spec: TensorSpec) -> bytes:
 
 
 def _in_units(array: npt.NDArray[Any], spec: TensorSpec) -> bytes:
-    cast = array.astype(DTYPES[spec.dtype], casting="unsafe")
-    if DTYPES[spec.dtype].kind != "f" and not np.array_equal(cast, array):
+    with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is found just below
+        cast = array.astype(DTYPES[spec.dtype], casting="unsafe")
+    fits = np.isfinite(cast).all() if cast.dtype.kind == "f" else np.array_equal(cast, array)
+    if not fits:
         raise BadTensor(f"the numbers for {spec.name} are outside of {spec.dtype}")
     return cast.tobytes()
 

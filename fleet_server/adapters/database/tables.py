@@ -143,6 +143,8 @@ statistics = Table(
     Column("requests", BigInteger, nullable=False),
     Column("errors", BigInteger, nullable=False),
     Column("dropped", BigInteger, nullable=False),
+    Column("late", BigInteger, nullable=False, server_default="0"),  # of the dropped
+    Column("shed", BigInteger, nullable=False, server_default="0"),  # of the dropped
     Column("latency_json", Text, nullable=False),
     Column("confidence_json", Text, nullable=False),
     Column("classes_json", Text, nullable=False),

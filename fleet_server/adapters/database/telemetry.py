@@ -220,6 +220,8 @@ def _counts(model: ModelStatistics) -> Row:
         "requests": model.requests,
         "errors": model.errors,
         "dropped": model.dropped,
+        "late": model.late,
+        "shed": model.shed,
         "latency_json": to_json(model.latency),
         "confidence_json": to_json(model.confidence),
         "classes_json": to_json(model.classes),

@@ -7,6 +7,7 @@ and ``/trust/director/metadata/{n}.root.json`` (signed metadata as stored, for t
 
 from typing import Annotated
 
+import msgspec
 from anyio import to_thread
 from litestar import Request, Response, Router, get, post
 from litestar.datastructures import State
@@ -35,11 +36,11 @@ from fleet_server.web.auth import GivenDoorkeeper, address_of, session_of
 from fleet_server.web.bodies import chunks_in_thread
 from fleet_server.web.metadata import director_file
 from fleet_server.web.overview import overview_of, trust_of
-from fleet_server.web.services import GivenParts
+from fleet_server.web.services import GivenParts, Parts
 from protocol.names import MAX_METADATA_FILE
 
 AnyRequest = Request[object, object, State]
-METADATA_BODY = 3 * MAX_METADATA_FILE  # two roots and targets, as base64 in JSON
+METADATA_BODY = 6 * MAX_METADATA_FILE  # two roots, targets and those of families, as base64 in JSON
 Span = Annotated[int, QueryParameter(ge=60, le=7 * 24 * 3600, description="seconds back from now")]
 EventCount = Annotated[int, QueryParameter(ge=1, le=1000)]
 
@@ -102,7 +103,7 @@ def events(
 @get("/models", sync_to_thread=True)
 def models(parts: GivenParts) -> tuple[ModelVersion, ...]:
     """List published versions."""
-    return parts.queries.model_versions()
+    return tuple(_with_hindrance(version, parts) for version in parts.queries.model_versions())
 
 
 # ---------------------------------------------------------------- orders
@@ -134,10 +135,14 @@ def trust(parts: GivenParts) -> TrustStatus:
 @get("/trust/online-keys", sync_to_thread=True)
 def online_keys(parts: GivenParts) -> OnlineKeysView:
     """Show the public halves of the server's keys, for signing the roots offline."""
-    return OnlineKeysView(
-        director={role: key.decode() for role, key in parts.director.online_keys().items()},
-        image={role: key.decode() for role, key in parts.image.online_keys().items()},
-    )
+    return _online_keys(parts)
+
+
+@post("/trust/online-keys", status_code=200, sync_to_thread=True)
+def make_online_keys(parts: GivenParts) -> OnlineKeysView:
+    """Make the server's next keys; they are used from the roots on that name them."""
+    parts.publishing.make_next_keys()
+    return _online_keys(parts)
 
 
 @post("/trust/roots", sync_to_thread=True, request_max_body_size=METADATA_BODY)
@@ -167,7 +172,7 @@ def director_metadata(name: FromPath[str], parts: GivenParts) -> Response[bytes]
 
 @post("/models/publish", sync_to_thread=True, request_max_body_size=METADATA_BODY)
 def publish(data: JSONBody[Publication], parts: GivenParts) -> tuple[ModelVersion, ...]:
-    """Take targets metadata n+1; return the versions that are new."""
+    """Take metadata that was signed offline; return the versions that are new."""
     new = {bundle.sha256 for bundle in parts.publishing.publish(data, parts.clock())}
     return tuple(version for version in parts.queries.model_versions() if version.sha256 in new)
 
@@ -180,6 +185,18 @@ async def upload(sha256: FromPath[str], request: AnyRequest, parts: GivenParts) 
     """Take a bundle's bytes; what they are is said by the metadata published later."""
     length = await to_thread.run_sync(parts.publishing.upload, chunks_in_thread(request.stream()), sha256)
     return {"length": length}
+
+
+def _with_hindrance(version: ModelVersion, parts: Parts) -> ModelVersion:
+    """Add what the Image repository says against a version."""
+    return msgspec.structs.replace(version, hindrance=parts.image.hindrance(version.sha256))
+
+
+def _online_keys(parts: Parts) -> OnlineKeysView:
+    return OnlineKeysView(
+        director={role: key.decode() for role, key in parts.director.online_keys().items()},
+        image={role: key.decode() for role, key in parts.image.online_keys().items()},
+    )
 
 
 def device_or_404(parts: GivenParts, device_id: str) -> DeviceView:
@@ -206,6 +223,7 @@ router = Router(
         create_token,
         trust,
         online_keys,
+        make_online_keys,
         accept_roots,
         image_metadata,
         director_metadata,

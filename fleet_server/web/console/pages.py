@@ -51,8 +51,8 @@ def make_environment() -> Environment:
 
 
 _WORDS = (
-    "presence", "deployment", "kind", "reason", "percent", "evidence", "latency", "size", "count", "cpu", "memory",
-    "readings", "ago", "iso", "clock",
+    "presence", "deployment", "kind", "reason", "percent", "evidence", "latency", "size", "count", "turned_away",
+    "cpu", "memory", "readings", "ago", "iso", "clock",
 )  # fmt: skip
 _environment = make_environment()
 

@@ -55,6 +55,7 @@ KIND = {
     EventKind.DATA_PLANE: "inference",
     EventKind.SPOOL: "spool",
     EventKind.AGENT: "agent",
+    EventKind.GOVERNOR: "distress",
 }
 
 
@@ -137,6 +138,16 @@ def count(number: int) -> str:
     '1_234_567'
     """
     return f"{number:,}".replace(",", "\u202f")
+
+
+def turned_away(dropped: int, late: int, shed: int) -> str:
+    """Return how many requests were not taken, and what is known of why.
+
+    >>> turned_away(9, 4, 0)
+    '9 turned away, 4 of them late'
+    """
+    parts = [f"{count(n)} of them {why}" for n, why in ((late, "late"), (shed, "in distress")) if n]
+    return ", ".join([f"{count(dropped)} turned away", *parts])
 
 
 def cpu(resources: Resources | None) -> str:

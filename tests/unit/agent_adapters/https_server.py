@@ -54,12 +54,13 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def https_server(tls: ssl.SSLContext) -> Iterator[Book]:
-    """Serve on a free port of 127.0.0.1."""
+def https_server(tls: ssl.SSLContext | None) -> Iterator[Book]:
+    """Serve on a free port of 127.0.0.1; without a context, plain HTTP."""
     server = _Server(("127.0.0.1", 0), Request)
-    server.book = Book(url=f"https://127.0.0.1:{server.server_address[1]}")
+    server.book = Book(url=f"{'https' if tls else 'http'}://127.0.0.1:{server.server_address[1]}")
     # The handshake belongs to the connection's thread, not to the one that accepts.
-    server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

@@ -8,8 +8,11 @@ import pytest
 from device_pki import Authority
 from https_server import Book, Request, https_server
 
-from agent.adapters.download import RESERVE, BundleDownloads, HttpsMetadata, HttpsServer
+from agent.adapters.device_api import HttpsMetadata
+from agent.adapters.download import BundleDownloads
+from agent.adapters.https import HttpsServer
 from agent.adapters.identity import context_for
+from agent.core.downloading import RESERVE
 from agent.ports import Refusal, Target, Trouble, Weather
 from protocol.manifest import Needs, TensorSpec
 from protocol.release import Assignment, Release
@@ -311,7 +314,7 @@ def test_a_cancelled_download_keeps_its_part(downloads: BundleDownloads, folder:
 
 
 def test_a_disk_without_room_is_not_even_asked_to_take_it(https: HttpsServer, folder: Path, server: Book) -> None:
-    downloads = BundleDownloads(https, folder, free=lambda path: RESERVE + len(BODY) - 1)
+    downloads = BundleDownloads(https, folder, free=lambda path: RESERVE + 2 * len(BODY) - 1)
 
     with pytest.raises(Refusal) as refused:
         fetch(downloads)

@@ -6,7 +6,7 @@ import pytest
 from device_pki import Authority
 from https_server import Book, Request, https_server
 
-from agent.adapters.download import HttpsEnrolment
+from agent.adapters.device_api import HttpsEnrolment
 from agent.adapters.identity import IdentityFolder, key_pin
 from agent.enrolment import enrol
 from agent.ports import Trouble, Weather

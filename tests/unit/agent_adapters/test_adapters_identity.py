@@ -10,7 +10,7 @@ from cryptography.x509.oid import NameOID
 from device_pki import Authority, key_pem
 from https_server import https_server
 
-from agent.adapters.download import HttpsServer
+from agent.adapters.https import HttpsServer
 from agent.adapters.identity import IdentityFolder
 from agent.ports import Trouble, Weather
 from protocol.device_api import AUDIENCE, MAX_TOKEN_LIFE

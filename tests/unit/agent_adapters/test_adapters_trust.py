@@ -1,3 +1,4 @@
+import hashlib
 import pickle
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tuf_world import DAY, NOW, Bundle, TufWorld, make_release
+from tuf_world import DAY, NOW, Bundle, TufWorld, make_release, open_trust, said_of
 
 from agent.adapters.trust import TufTrust
 from agent.ports import Refusal, Trouble, TrustVersions, Weather
@@ -20,19 +21,6 @@ from protocol.messages import DesiredState
 from protocol.states import RejectReason
 
 Attack = Callable[[TufWorld], DesiredState]
-
-
-def open_trust(world: TufWorld, folder: Path, **changes: Any) -> TufTrust:
-    parts: dict[str, Any] = {
-        "device": "cam-7",
-        "director_root": world.director.roots[0],
-        "image_root": world.image.roots[0],
-        "folder": folder / "trust",
-        "scratch": folder / "scratch",
-        "image": world.image_file,
-        "is_stored": lambda sha256: False,
-    }
-    return TufTrust(**{**parts, **changes})
 
 
 def state_of(folder: Path) -> bytes | None:
@@ -235,12 +223,6 @@ def team_signs_outside_its_family(world: TufWorld) -> DesiredState:
     return world.assign(bundle)
 
 
-def below_the_floor(world: TufWorld) -> DesiredState:
-    old = world.publish(version=2)
-    world.raise_floor("digits", 3)
-    return world.assign(old)
-
-
 def floor_without_number(world: TufWorld) -> DesiredState:
     bundle = world.publish(version=2)
     world.raise_floor("digits", "high")
@@ -331,7 +313,6 @@ ATTACKS: list[tuple[Attack, RejectReason]] = [
     (no_assignment, RejectReason.MALFORMED),
     (release_under_a_foreign_path, RejectReason.DISAGREEMENT),
     (team_signs_outside_its_family, RejectReason.NOT_RELEASED),
-    (below_the_floor, RejectReason.BELOW_FLOOR),
     (floor_without_number, RejectReason.MALFORMED),
     (one_model_twice, RejectReason.MALFORMED),
     (floor_as_a_bundle, RejectReason.MALFORMED),
@@ -422,10 +403,7 @@ def test_a_floor_once_seen_does_not_fall(world: TufWorld, trust: TufTrust) -> No
     trust.verify(world.assign(new), NOW)
     world.raise_floor("digits", 1)
 
-    with pytest.raises(Refusal) as refused:
-        trust.verify(world.assign(old), NOW)
-
-    assert refused.value.reason is RejectReason.BELOW_FLOOR
+    assert said_of(trust.verify(world.assign(old), NOW)) == {"digits": RejectReason.BELOW_FLOOR}
 
 
 def test_a_publication_in_mid_fetch_is_asked_once_more(world: TufWorld, tmp_path: Path) -> None:
@@ -501,7 +479,7 @@ def test_a_stored_bundle_that_no_image_metadata_ever_named_is_not_vouched_for(
         trust.verify(world.assign(Bundle(make_release(version=9), b"evil")), NOW)
 
 
-def test_a_stored_bundle_below_a_known_floor_is_refused_without_the_server_too(
+def test_a_stored_bundle_below_a_known_floor_is_objected_to_without_the_server_too(
     world: TufWorld, tmp_path: Path
 ) -> None:
     old, new = world.publish(version=1), world.publish(version=2)
@@ -510,10 +488,7 @@ def test_a_stored_bundle_below_a_known_floor_is_refused_without_the_server_too(
     trust.verify(world.assign(new), NOW)
     unreachable(world)
 
-    with pytest.raises(Refusal) as refused:
-        trust.verify(world.assign(old), NOW)
-
-    assert refused.value.reason is RejectReason.BELOW_FLOOR
+    assert said_of(trust.verify(world.assign(old), NOW)) == {"digits": RejectReason.BELOW_FLOOR}
 
 
 @pytest.mark.parametrize(("later", "expired"), [(0, False), (8 * DAY, True), (400 * DAY, True)])
@@ -535,14 +510,133 @@ def test_nothing_is_recalled_where_nothing_was_accepted(trust: TufTrust) -> None
 
 
 # ---------------------------------------------------------------- the state file
-def test_a_damaged_state_is_trouble_and_never_silently_forgotten(
-    world: TufWorld, trust: TufTrust, tmp_path: Path
-) -> None:
-    trust.verify(world.assign(), NOW)
-    path = tmp_path / "trust" / "trust.json"
+def truncated(folder: Path) -> None:
+    path = folder / "trust" / "trust.json"
     path.write_bytes(path.read_bytes()[:-1])
 
-    with pytest.raises(Trouble, match="damaged"):
+
+def emptied(folder: Path) -> None:
+    (folder / "trust" / "trust.json").write_bytes(b"")
+
+
+def deleted(folder: Path) -> None:
+    (folder / "trust" / "trust.json").unlink()
+
+
+LOSSES = pytest.mark.parametrize("lose", [truncated, emptied, deleted], ids=lambda lose: lose.__name__)
+Lose = Callable[[Path], None]
+
+
+@LOSSES
+def test_a_lost_state_begins_anew_from_the_pinned_roots_and_says_so(
+    world: TufWorld, trust: TufTrust, tmp_path: Path, lose: Lose
+) -> None:
+    bundle = world.publish()
+    trust.verify(world.assign(bundle), NOW)
+    steps = [world.director.rotate("root"), world.director.rotate("timestamp")]
+    world.image.rotate("targets")
+    world.sign_image()
+    message = world.assign(bundle, root=steps)
+    accepted = trust.verify(message, NOW)
+    lose(tmp_path)
+
+    again = open_trust(world, tmp_path)
+
+    assert again.lost
+    assert again.recall(NOW) is None
+    assert again.versions() == TrustVersions(director=2, director_root=1, image_root=1)  # a server signs above 2
+    assert again.verify(message, NOW) == accepted
+    assert open_trust(world, tmp_path).lost == ""
+
+
+@LOSSES
+@pytest.mark.parametrize("rotated", [False, True], ids=["same root", "a root later"])
+def test_a_lost_state_opens_no_way_back_for_the_director(
+    world: TufWorld, trust: TufTrust, tmp_path: Path, lose: Lose, rotated: bool
+) -> None:
+    old = world.assign(world.publish())
+    step = [world.director.rotate("timestamp")] if rotated else []
+    trust.verify(world.assign(world.publish(version=2), root=step), NOW)
+    lose(tmp_path)
+
+    with pytest.raises(Refusal) as refused:
+        open_trust(world, tmp_path).verify(old, NOW)
+
+    assert refused.value.reason is RejectReason.REPLAYED
+
+
+@LOSSES
+def test_a_lost_state_opens_no_way_back_for_the_image_repository(
+    world: TufWorld, trust: TufTrust, tmp_path: Path, lose: Lose
+) -> None:
+    old = world.publish(version=1)
+    world.raise_floor("digits", 2)
+    trust.verify(world.assign(world.publish(version=2)), NOW)
+    world.image.files = world.image.history[0]  # from before the floor
+    lose(tmp_path)
+
+    with pytest.raises(Refusal) as refused:
+        open_trust(world, tmp_path).verify(world.assign(old), NOW)
+
+    assert refused.value.reason is RejectReason.REPLAYED
+
+
+def test_marks_do_not_go_back_when_only_roots_are_learned_after_a_loss(
+    world: TufWorld, trust: TufTrust, tmp_path: Path
+) -> None:
+    old = world.assign(world.publish())
+    step = world.director.rotate("timestamp")
+    trust.verify(world.assign(world.publish(version=2), root=[step]), NOW)
+    deleted(tmp_path)
+    again = open_trust(world, tmp_path)
+    with pytest.raises(Refusal):
+        again.verify(msgspec.structs.replace(old, root=(step,), timestamp=b"{}"), NOW)
+    assert again.versions().director_root == 2
+    deleted(tmp_path)
+
+    with pytest.raises(Refusal) as refused:
+        open_trust(world, tmp_path).verify(old, NOW)
+
+    assert refused.value.reason is RejectReason.REPLAYED
+
+
+@LOSSES
+def test_a_lost_state_keeps_its_floors_and_the_clocks(
+    world: TufWorld, trust: TufTrust, tmp_path: Path, lose: Lose
+) -> None:
+    old, new = world.publish(version=1), world.publish(version=3)
+    world.raise_floor("digits", 3)
+    trust.verify(world.assign(new), NOW)
+    world.raise_floor("digits", 1)
+    lose(tmp_path)
+
+    again = open_trust(world, tmp_path)
+
+    assert again.clock_floor == NOW
+    assert said_of(again.verify(world.assign(old), NOW)) == {"digits": RejectReason.BELOW_FLOOR}
+
+
+def test_without_state_and_marks_the_servers_present_word_is_taken(
+    world: TufWorld, trust: TufTrust, tmp_path: Path
+) -> None:
+    message = world.assign(world.publish())
+    trust.verify(message, NOW)
+    deleted(tmp_path)
+    (tmp_path / "trust-marks.json").write_bytes(b"torn")
+
+    again = open_trust(world, tmp_path)
+
+    assert (again.lost, again.clock_floor) == ("", 0)
+    assert again.verify(message, NOW).director_version == 1
+
+
+def test_a_state_of_another_agent_is_trouble(world: TufWorld, trust: TufTrust, tmp_path: Path) -> None:
+    trust.verify(world.assign(), NOW)
+    path = tmp_path / "trust" / "trust.json"
+    body = path.read_bytes().partition(b"\n")[2].replace(b'"format":1', b'"format":9')
+    path.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+
+    with pytest.raises(Trouble, match="format 9"):
         open_trust(world, tmp_path)
 
 

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from securesystemslib.signer import CryptoSigner
@@ -25,9 +26,12 @@ from tuf.api.metadata import (
 )
 from tuf.api.serialization.json import JSONSerializer
 
+from agent.adapters.trust import TufTrust
+from agent.ports import VerifiedDesire
 from protocol.manifest import Needs, TensorSpec
 from protocol.messages import DesiredState
 from protocol.release import Release, bundle_path, floor_path, to_custom
+from protocol.states import RejectReason
 
 NOW = 1_790_000_000_000  # UTC ms; the tests' present
 DAY = 86_400_000
@@ -49,6 +53,11 @@ def make_release(model: str = "digits", version: int = 1, **changes: Any) -> Rel
         "needs": Needs(memory=1_000_000),
     }
     return Release(**{**facts, **changes})
+
+
+def _version_of(metadata: bytes) -> int:
+    version: int = Metadata.from_bytes(metadata).signed.version
+    return version
 
 
 @dataclass
@@ -78,6 +87,7 @@ class Repository:
     consistent: bool = False
     now: int = NOW
     keys: dict[str, CryptoSigner] = field(default_factory=dict)
+    seconds: dict[str, CryptoSigner] = field(default_factory=dict)  # roles that two keys must sign
     roots: list[bytes] = field(default_factory=list)
     root_version: int = 0
     files: dict[str, bytes] = field(default_factory=dict)
@@ -95,6 +105,9 @@ class Repository:
         for role, signer in self.keys.items():
             if role in root.roles:
                 root.add_key(signer.public_key, role)
+        for role, signer in self.seconds.items():
+            root.add_key(signer.public_key, role)
+            root.roles[role].threshold = 2
         metadata = Metadata(root)
         for signer in (self.keys["root"], *by):
             metadata.sign(signer, append=True)
@@ -112,6 +125,8 @@ class Repository:
     def sign(self, signed: Signed, role: str, *, key: CryptoSigner | None = None) -> bytes:
         metadata: Metadata[Any] = Metadata(signed)
         metadata.sign(key or self.keys[role])
+        if role in self.seconds and key is None:
+            metadata.sign(self.seconds[role], append=True)
         return metadata.to_bytes(_COMPACT)
 
     def sign_all(
@@ -121,12 +136,14 @@ class Repository:
         *,
         life: int = 7 * DAY,
         wrong_key: str = "",
+        stolen: dict[str, CryptoSigner] | None = None,
         others: dict[str, bytes] | None = None,
         spoil: Callable[[str, Signed], None] = lambda role, signed: None,
     ) -> dict[str, bytes]:
         """Sign targets, snapshot and timestamp under one version; ``others`` are delegated roles' files."""
         expires = at(self.now + life)
-        meta = {"targets.json": MetaFile(version=version), **{name: MetaFile(version=1) for name in others or {}}}
+        meta = {"targets.json": MetaFile(version=version)}
+        meta.update({name: MetaFile(version=_version_of(data)) for name, data in (others or {}).items()})
         content: dict[str, Signed] = {
             "targets": targets,
             "snapshot": Snapshot(version=version, expires=expires, meta=meta),
@@ -135,7 +152,7 @@ class Repository:
         signed = {}
         for role, what in content.items():
             spoil(role, what)
-            wrong = CryptoSigner.generate_ed25519() if role == wrong_key else None
+            wrong = CryptoSigner.generate_ed25519() if role == wrong_key else (stolen or {}).get(role)
             signed[f"{role}.json"] = self.sign(what, role, key=wrong)
         self.files.update({**signed, **(others or {})})
         self.history.append(dict(self.files))
@@ -178,9 +195,21 @@ class TufWorld:
         targets = Targets(version=self.image_version, expires=at(self.image.now + life), targets=dict(self.released))
         self.image.sign_all(self.image_version, targets, life=life, **attack)
 
-    def delegate(self, bundle: Bundle, *, paths: Sequence[str]) -> None:
-        """Let a role of its own, with a key of its own, sign one bundle; it may sign for ``paths`` only."""
-        key = CryptoSigner.generate_ed25519()
+    def yank(self, bundle: Bundle, why: object = "it confuses 3 and 8") -> None:
+        self.released[bundle.path] = bundle.target(yanked=why)
+        self.sign_image()
+
+    def delegate(
+        self,
+        *bundles: Bundle,
+        paths: Sequence[str],
+        life: int = 90 * DAY,
+        forged: bool = False,
+        version: int = 1,
+        key: CryptoSigner | None = None,
+    ) -> None:
+        """Let a role of its own, with a key of its own, sign bundles; it may sign for ``paths`` only."""
+        key = key or CryptoSigner.generate_ed25519()
         role = DelegatedRole("team", [key.public_key.keyid], 1, True, list(paths))
         self.image_version += 1
         expires = at(self.image.now + 90 * DAY)
@@ -190,8 +219,10 @@ class TufWorld:
             targets=dict(self.released),
             delegations=Delegations({key.public_key.keyid: key.public_key}, {"team": role}),
         )
-        team = Targets(version=1, expires=expires, targets={bundle.path: bundle.target()})
-        others = {"team.json": self.image.sign(team, "team", key=key)}
+        targets_of_team = {bundle.path: bundle.target() for bundle in bundles}
+        team = Targets(version=version, expires=at(self.image.now + life), targets=targets_of_team)
+        signer = CryptoSigner.generate_ed25519() if forged else key
+        others = {"team.json": self.image.sign(team, "team", key=signer)}
         self.image.sign_all(self.image_version, targets, life=90 * DAY, others=others)
 
     def image_file(self, name: str, cap: int) -> bytes | None:
@@ -239,3 +270,22 @@ class TufWorld:
             snapshot=files["snapshot.json"],
             targets=files["targets.json"],
         )
+
+
+# ---------------------------------------------------------------- the device
+def open_trust(world: TufWorld, folder: Path, stored: set[str] | None = None, **changes: Any) -> TufTrust:
+    parts: dict[str, Any] = {
+        "device": "cam-7",
+        "director_root": world.director.roots[0],
+        "image_root": world.image.roots[0],
+        "folder": folder / "trust",
+        "scratch": folder / "scratch",
+        "image": world.image_file,
+        "is_stored": (stored if stored is not None else set()).__contains__,
+    }
+    return TufTrust(**{**parts, **changes})
+
+
+def said_of(desire: VerifiedDesire) -> dict[str, RejectReason | None]:
+    """Return what is said against each model; None stands for nothing."""
+    return {target.release.model: target.objection.reason if target.objection else None for target in desire.targets}

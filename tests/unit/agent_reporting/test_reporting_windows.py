@@ -13,6 +13,15 @@ MINUTE = 60_000
 NOON = 1_750_000_020_000 // MINUTE * MINUTE  # some whole UTC minute
 
 
+def test_what_was_turned_away_adds_up_in_a_window() -> None:
+    windows = Windows(NOON, MINUTE)
+    for late in (1, 2):
+        windows.add([ModelStatistics(digest="d1", dropped=5, late=late, shed=1)])
+    window = windows.close(NOON + MINUTE)
+    assert window is not None
+    assert window.models == (ModelStatistics(digest="d1", dropped=10, late=3, shed=2),)
+
+
 def served(requests: int, digest: str = "d1") -> ModelStatistics:
     return ModelStatistics(digest=digest, requests=requests)
 

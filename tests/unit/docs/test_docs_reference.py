@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from agent.config import AgentSettings
+from agent.core.delegates import Delegate
 from agent.core.pipelines import PipelineSettings, Preprocess, Sink, Source
 from fleet_server.config import BadConfig, ServerConfig, Settings, settle
 
@@ -74,9 +75,19 @@ def test_every_key_of_a_table_has_a_meaning(name: str) -> None:
 # ---------------------------------------------------------------- pipelines
 def default_of(field: msgspec.structs.FieldInfo) -> str:
     """Return how the page writes a default."""
+    if field.default_factory is not msgspec.NODEFAULT:
+        return f"`{json.dumps(field.default_factory())}`"
     if field.default is msgspec.NODEFAULT:
         return "required"
     return "`raw`" if isinstance(field.default, msgspec.Struct) else f"`{json.dumps(field.default)}`"
+
+
+def test_keys_defaults_and_bounds_of_a_delegate_are_those_of_the_struct() -> None:
+    known = {
+        field.encode_name: [default_of(field), bounds_of(field.type)] for field in msgspec.structs.fields(Delegate)
+    }
+    _, _, after = AGENT.partition("### Delegates\n")
+    assert known == {key: cells[:2] for key, cells in rows(after.partition("\n#")[0]).items()}
 
 
 def test_every_part_of_a_pipeline_has_its_table() -> None:

@@ -34,8 +34,8 @@ def settings(source: dict, *sinks: dict, **more: object) -> PipelineSettings:
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[Engine]:
-    one = engine()
+def serving(folder: Path, **limits: object) -> Iterator[Engine]:
+    one = engine(**limits)
     one.serve(servable(folder, "v1", 1))
     try:
         yield one

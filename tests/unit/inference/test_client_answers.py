@@ -117,11 +117,27 @@ def test_the_arrays_of_an_answer_stay_what_they_were(client: Client) -> None:
     assert kept.tolist() == first.tolist()
 
 
+def test_a_request_that_cannot_be_in_time_is_refused_and_the_next_one_is_not(client: Client) -> None:
+    with pytest.raises(InferenceRefused, match="deadline") as refused:
+        client.infer("digits", five(), priority=1, timeout_us=1)
+    assert (503, 1) == (refused.value.status, refused.value.retry_after)
+    assert 5 == client.infer("digits", five(), priority=10, timeout_us=20_000_000).classes()[0][0]
+    assert 5 == client.infer("digits", five()).classes()[0][0]
+
+
 def test_metadata_says_what_the_model_takes_and_gives(client: Client) -> None:
     metadata = client.metadata("digits")
     assert ("7",) == metadata.versions
     assert [("image", "INT8", (1, 8, 8, 1))] == [(one.name, one.datatype, one.shape) for one in metadata.inputs]
     assert [("scores", "INT8", (1, 10))] == [(one.name, one.datatype, one.shape) for one in metadata.outputs]
+
+
+def test_metadata_says_how_the_numbers_are_quantised(client: Client, serving: Engine) -> None:
+    metadata, signature = client.metadata("digits"), serving.find("digits").signature
+    for told, known in ((metadata.inputs, signature.inputs), (metadata.outputs, signature.outputs)):
+        assert [(one.scale, one.zero_point) for one in told] == [(one.scale, one.zero_point) for one in known]
+    assert metadata.inputs[0].scale == pytest.approx(1 / 255)
+    assert metadata.inputs[0].zero_point == -128
 
 
 @pytest.mark.parametrize(("model", "is_ready"), [("", True), ("digits", True), ("faces", False)])

@@ -7,7 +7,20 @@ from contextlib import contextmanager
 
 import pytest
 
-from agent.inference.pool import LOWEST, NoneFree, Pool, QueueFull, Retired, Shed, TooLate, TurnedAway, Urgency
+from agent.inference import pool as pool_module
+from agent.inference.pool import (
+    LOWEST,
+    NORMAL,
+    OVERTAKINGS,
+    NoneFree,
+    Pool,
+    QueueFull,
+    Retired,
+    Shed,
+    TooLate,
+    TurnedAway,
+    Urgency,
+)
 
 MS = 1_000_000  # ns
 
@@ -173,6 +186,131 @@ def test_a_narrowed_pool_works_on_fewer_at_once_and_sheds_what_may_wait() -> Non
     assert line.served == ["waits"]
     pool.give_back(first)
     pool.give_back(pool.lease(Urgency(LOWEST)))
+
+
+# ---------------------------------------------------------------- overtaking
+def stand_in_line(pool: Pool, urgency: Urgency = NORMAL) -> pool_module._Waiter:
+    """Join as `lease` does, but on no thread: who is called does not come, like one that has not woken up."""
+    with pool._lock:
+        return pool._join(urgency)
+
+
+FAR = time.perf_counter_ns() + 10**15
+
+
+@pytest.mark.parametrize(
+    ("line", "newcomer", "goes_first"),
+    [
+        pytest.param([5], 5, True, id="an-equal-goes-before-who-has-not-woken-up"),
+        pytest.param([5, 5, 5], 5, True, id="before-several-equals-too"),
+        pytest.param([5], 6, False, id="the-less-urgent-never"),
+        pytest.param([5], 4, True, id="the-more-urgent-always"),
+        pytest.param([5, 6], 5, False, id="no-equal-where-priorities-differ"),
+        pytest.param([(5, FAR)], 5, False, id="nobody-before-a-deadline"),
+        pytest.param([5, (5, FAR), 5], 5, False, id="not-before-others-either-while-a-deadline-waits-behind-them"),
+        pytest.param([], 5, True, id="nobody-waits"),
+    ],
+)
+def test_who_goes_first_when_an_interpreter_is_free(
+    pool: Pool, line: list[int | tuple[int, int]], newcomer: int, goes_first: bool
+) -> None:
+    held = pool.lease()
+    for one in line:
+        stand_in_line(pool, Urgency(*one) if isinstance(one, tuple) else Urgency(one))
+    pool.give_back(held)
+    if goes_first:
+        assert pool.lease(Urgency(newcomer), patience=0) is held
+    else:
+        with pytest.raises(NoneFree):
+            pool.lease(Urgency(newcomer), patience=0)
+
+
+def test_nobody_is_overtaken_more_often_than_allowed(pool: Pool) -> None:
+    held = pool.lease()
+    waiter = stand_in_line(pool)
+    waiter.since = FAR  # it came just now, however slow this machine is
+    for _ in range(OVERTAKINGS):
+        pool.give_back(held)
+        assert pool.lease(patience=0) is held
+        assert waiter.model is None
+    pool.give_back(held)
+    assert waiter.model is held
+    with pytest.raises(NoneFree):
+        pool.lease(patience=0)
+
+
+def test_nobody_is_overtaken_who_has_waited_for_long_enough(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "OVERTAKEN_NS", 0)
+    held = pool.lease()
+    first, second = stand_in_line(pool), stand_in_line(pool)
+    pool.give_back(held)
+    assert (first.model, second.model) == (held, None)
+
+
+def test_who_was_called_and_overtaken_is_called_again(pool: Pool) -> None:
+    held = pool.lease()
+    line = Line(pool)
+    line.join("waits", NORMAL)
+    for _ in range(3):
+        pool.give_back(held)
+        held = pool.lease()
+    pool.give_back(held)
+    line.end()
+    assert line.served == ["waits"]
+    assert pool.waiting == 0
+
+
+def test_who_leaves_the_line_passes_its_call_on(pool: Pool) -> None:
+    held = pool.lease()
+    first = stand_in_line(pool)
+    line = Line(pool)
+    line.join("second", NORMAL)
+    pool.give_back(held)
+    pool._leave_line(first)
+    line.end()
+    assert line.served == ["second"]
+
+
+def test_who_comes_calls_the_next_where_two_interpreters_are_free() -> None:
+    pool = Pool([Interpreter(), Interpreter()])
+    with busy(pool) as line:
+        line.join("one", NORMAL)
+        line.join("other", NORMAL)
+    assert sorted(line.served) == ["one", "other"]
+    assert pool.waiting == 0
+
+
+@pytest.mark.parametrize("refusal", [QueueFull("full"), TurnedAway("it hangs")], ids=str)
+def test_who_was_called_may_still_be_refused(refusal: TurnedAway) -> None:
+    pool = Pool([Interpreter()], limit=2)
+    held = pool.lease()
+    waiter = stand_in_line(pool)
+    pool.give_back(held)
+    if isinstance(refusal, QueueFull):
+        pool.lease(Urgency(1))
+        stand_in_line(pool, Urgency(1))
+    else:
+        pool.fail(refusal)
+    assert type(waiter.refusal) is type(refusal)
+    assert not waiter.gate.locked()
+
+
+def test_many_equals_share_an_interpreter_and_all_are_served() -> None:
+    pool = Pool([Interpreter()], limit=64)
+    served = [0] * 6
+
+    def ask(k: int) -> None:
+        for _ in range(300):
+            pool.give_back(pool.lease(), took_ns=1000)
+            served[k] += 1
+
+    threads = [threading.Thread(target=ask, args=(k,)) for k in range(len(served))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [300] * 6 == served
+    assert (pool.waiting, len(pool.empty())) == (0, 1)
 
 
 def test_many_threads_share_two_interpreters_and_none_is_lost() -> None:

@@ -13,8 +13,9 @@ from agent.inference.engine import Engine
 from agent.inference.generation import ModelFailed, TooLate, Urgency
 from agent.inference.parsing import Head, HttpError
 from agent.inference.pool import DEFAULT_PRIORITY, LOWEST
+from agent.inference.reading import decode_call
 from agent.inference.routes import Routes
-from agent.inference.tensors import NotARequest, decode_call
+from agent.inference.tensors import NotARequest
 
 
 @pytest.fixture
@@ -81,7 +82,17 @@ def test_a_deadline_that_passes_while_waiting_is_503_and_counted_as_dropped_and_
     assert (totals.rejected, totals.late, totals.success) == (1, 1, 0)
     assert 'edgewarden_deadline_missed{model="digits",version="2"} 1' in prometheus(serving)
     (taken,) = serving.statistics.take_delta()
-    assert (taken.requests, taken.dropped) == (0, 1)
+    assert (taken.requests, taken.dropped, taken.late, taken.shed) == (0, 1, 1, 0)
+
+
+def test_what_is_shed_in_distress_is_counted_as_dropped_and_shed(serving: Engine) -> None:
+    found = serving.find("digits")
+    found.pool.restrict(lowest=5)
+    with pytest.raises(HttpError, match="distress"):
+        ask(serving, priority=9)
+    assert 'edgewarden_shed{model="digits",version="2"} 1' in prometheus(serving)
+    (taken,) = serving.statistics.take_delta()
+    assert (taken.requests, taken.dropped, taken.late, taken.shed) == (0, 1, 0, 1)
 
 
 def test_an_answer_that_is_ready_too_late_is_never_given(serving: Engine) -> None:

@@ -41,11 +41,15 @@ def test_every_kind_of_end_is_counted_in_its_place() -> None:
     one.succeeded(timing(100), None, 8)
     one.failed(9)
     one.dropped()
+    one.dropped(late=True)
+    one.dropped(shed=True)
     taken, totals = one.take(), one.totals()
     assert taken is not None
-    assert (taken.requests, taken.errors, taken.dropped) == (3, 1, 1)
+    assert (taken.requests, taken.errors) == (3, 1)
+    assert (taken.dropped, taken.late, taken.shed) == (3, 1, 1)
     assert (taken.latency.zero, taken.latency.count, taken.latency.sum, taken.latency.max) == (1, 2, 100, 100)
-    assert (totals.success, totals.failure, totals.rejected, totals.last_ms) == (2, 1, 1, 9)
+    assert (totals.success, totals.failure, totals.last_ms) == (2, 1, 9)
+    assert (totals.rejected, totals.late, totals.shed) == (3, 1, 1)
     assert one.take() is None
 
 

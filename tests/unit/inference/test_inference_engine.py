@@ -152,7 +152,7 @@ def test_a_failing_run_is_counted_and_the_next_one_is_answered(serving: Engine) 
 
 
 def test_several_interpreters_answer_at_the_same_time(tmp_path: Path) -> None:
-    one = engine(settings=Settings(workers=2))
+    one = engine(settings=Settings(instances=2))
     one.serve(servable(tmp_path, "v2", 2))
     found = one.find("digits")
     answers: list[bytes] = []

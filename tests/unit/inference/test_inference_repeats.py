@@ -12,8 +12,9 @@ from inference_parts import IMAGE, engine, servable
 from agent.inference.engine import Engine
 from agent.inference.parsing import HttpError, parse_head
 from agent.inference.prediction import FEW_CLASSES, Predictor
+from agent.inference.reading import REMEMBERED, decode_call
 from agent.inference.routes import Routes
-from agent.inference.tensors import REMEMBERED, BadTensor, Signature, decode_call
+from agent.inference.tensors import BadTensor, Signature
 from protocol.manifest import Calibrator, TensorSpec
 from runtime.calibrator import probabilities, top_class
 from runtime.interpreter import DTYPES

@@ -3,8 +3,10 @@ import json
 import numpy as np
 import pytest
 
+from agent.inference.answering import encode_answer
 from agent.inference.parsing import Head, HttpError, check_local, parse_head
-from agent.inference.tensors import BadTensor, Call, NotARequest, Signature, decode_call, encode_answer
+from agent.inference.reading import decode_call
+from agent.inference.tensors import BadTensor, Call, NotARequest, Signature
 from protocol.manifest import TensorSpec
 
 PAIR = Signature(

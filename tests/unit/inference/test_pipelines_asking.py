@@ -14,8 +14,7 @@ from pipelines_parts import IMAGES, eventually, quick, running, serving, setting
 
 from agent.core.pipelines import ImagePreprocess, JsonPreprocess, Preprocess, RawPreprocess
 from agent.inference.pipelines.building import build
-from agent.inference.pipelines.children import ready_frame
-from agent.inference.pipelines.flow import BadFrame, Frame, Mailbox, Outcome
+from agent.inference.pipelines.flow import BadFrame, Frame, Mailbox, Outcome, ready_frame
 from agent.inference.pipelines.group import LOCK, NoRoom, NotPushed, Pipelines, UnknownPipeline
 from agent.inference.pipelines.preparing import prepare
 from agent.inference.tensors import BadTensor, Signature
@@ -95,6 +94,9 @@ WRONG = {
     "null": (b"null", REAL, (INT8,), BadFrame, "numbers"),
     "too many numbers": (b"[1, 2, 3, 4, 5]", REAL, (INT8,), BadTensor, "4 numbers are expected for x"),
     "a number outside of the type": (b"[1, 2, 3, 400]", TENSOR, (INT8,), BadTensor, "outside of INT8"),
+    "a number far outside of the type": (b"[1, 2, 3, 1e300]", TENSOR, (INT8,), BadTensor, "outside of INT8"),
+    "a tensor's number that becomes infinite": (b"[1, 1e300]", TENSOR, (FLOAT,), BadTensor, "outside of FP32"),
+    "a real number that becomes infinite": (b"[1, 1e300]", REAL, (FLOAT,), BadFrame, "outside of FP32"),
     "half a step": (b"[1, 2, 3, 0.5]", TENSOR, (INT8,), BadTensor, "outside of INT8"),
     "other inputs": (b'{"z": [1]}', REAL, (INT8,), BadTensor, "takes x"),
     "no picture": (b"GIF87a but not really", ImagePreprocess(), (COLOUR,), BadFrame, "not a picture"),

@@ -67,6 +67,7 @@ def test_nothing_that_the_fleet_signs_has_room_for_a_pipeline_or_a_hook() -> Non
     assert not names & {"pipeline", "pipelines", "exec", "command", "redact", "redact_command"}
 
 
+BROKER = 'kind = "mqtt"\ntopic = "t"\n'
 BAD = {
     "unknown kind of source": ('kind = "directory"', 'kind = "telepathy"', "pipeline.*source.*telepathy"),
     "unknown kind of sink": ('kind = "webhook"', 'kind = "pigeon"', "pigeon"),
@@ -92,6 +93,13 @@ BAD = {
         'kind = "interval"\nseconds = 5',
         "either a path or a command",
     ),
+    "files for TLS, but no TLS": (
+        'kind = "http"',
+        f"{BROKER}ca_file = 'ca'",
+        "named for 127.0.0.1, but tls is not true",
+    ),
+    "a certificate without its key": ('kind = "http"', f"{BROKER}tls = true\ncertificate_file = 'c'", "go together"),
+    "a password without a name": ('kind = "http"', f"{BROKER}password_file = 'p'", "needs a username"),
     "an empty command": ('kind = "http"', 'kind = "exec"\ncommand = []', "command"),
 }
 

@@ -15,9 +15,8 @@ import pytest
 from pipelines_parts import IMAGES, eventually, lines, running
 
 from agent.core.pipelines import FileSink
-from agent.inference.pipelines.children import ready_frame
 from agent.inference.pipelines.file_lines import FileDelivery
-from agent.inference.pipelines.flow import SinkFailed
+from agent.inference.pipelines.flow import SinkFailed, ready_frame
 from agent.inference.pipelines.pipeline import Pipeline
 
 IMAGE = IMAGES.tobytes()

@@ -4,9 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from inference_parts import engine, servable
 
 from agent.config import InferenceSettings, load_settings
 from agent.daemon import _data_plane_options
+from agent.inference.parsing import Head, HttpError
+from agent.inference.routes import Routes
 from agent.ports import Trouble
 from protocol.settings import BadSettings
 
@@ -20,6 +23,21 @@ def test_what_is_set_reaches_the_data_plane() -> None:
     options = _data_plane_options(InferenceSettings(grpc="127.0.0.1:8001", allow_repository_control=True))
     assert "127.0.0.1:8001" == options[options.index("--grpc") + 1]
     assert "--allow-repository-control" in options
+
+
+@pytest.mark.parametrize(
+    ("managed", "switch"), [(True, r"\[inference\] feedback_on_tcp is set"), (False, "--feedback-on-tcp is given")]
+)
+def test_who_may_not_tell_the_truth_over_tcp_reads_what_would_allow_it(
+    tmp_path: Path, managed: bool, switch: str
+) -> None:
+    serving = engine()
+    serving.serve(servable(tmp_path, "v1", 1))
+    head = Head(method="POST", path=("v2", "models", "digits", "feedback"), keep_alive=True)
+    with pytest.raises(HttpError, match=f"on the Unix socket only, unless {switch}$") as refused:
+        Routes(serving, managed=managed, body_cap=4096).plan(head, over_tcp=True)
+    assert 403 == refused.value.status
+    serving.close()
 
 
 def test_a_missing_extra_is_named_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 import grpc
 import pytest
 import tritonclient.grpc
-from inference_parts import IMAGE, engine
+from inference_parts import IMAGE, engine, servable
 from protocol_world import World, world
 
+from agent.channel import CANDIDATE
 from agent.inference.grpc_server import descriptor
 from agent.inference.grpc_server.messages import message
 from agent.inference.grpc_server.server import MAX_STREAMS, GrpcServer
@@ -195,6 +196,20 @@ def test_under_a_fleet_loading_is_refused_with_the_reason(plane: World) -> None:
     finally:
         server.begin_stop()
         server.finish()
+
+
+def test_metadata_lists_every_version_that_serves_and_only_the_one_that_is_asked_for(tmp_path: Path) -> None:
+    serving = engine()
+    serving.serve(servable(tmp_path, "v1", 1))
+    serving.serve(servable(tmp_path, "v2", 2), CANDIDATE)
+    server = GrpcServer(Service(serving, Repository(serving)), "127.0.0.1", 0, max_body=2**20, shared=False)
+    server.start()
+    with tritonclient.grpc.InferenceServerClient(server.address.removeprefix("grpc://")) as client:
+        asked = {version: list(client.get_model_metadata("digits", version).versions) for version in ("", "1", "2")}
+    server.begin_stop()
+    server.finish()
+    serving.close()
+    assert asked == {"": ["1", "2"], "1": ["1"], "2": ["2"]}
 
 
 def test_an_address_that_is_taken_says_so(plane: World) -> None:

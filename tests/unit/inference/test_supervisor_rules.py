@@ -1,17 +1,13 @@
 """The supervisor on data planes in memory: what it orders, restarts and answers. Time is the test's."""
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from queue import Empty, SimpleQueue
 
 import pytest
-from inference_parts import servable
+from supervisor_world import FakePlane, World, running
 
 from agent.channel import (
-    Answer,
-    ChannelClosed,
     Drain,
     Open,
     Order,
@@ -23,159 +19,13 @@ from agent.channel import (
     Withdraw,
     Withdrawn,
 )
-from agent.ports import DataPlaneExit, StoredModel
-from agent.supervisor import Event, Supervisor
-from protocol.states import RuntimeName
-
-PATIENCE = 5.0
-
-
-class FakePlane:
-    """A data plane that answers as it should, unless the test wants otherwise."""
-
-    def __init__(self, world: "World", pid: int) -> None:
-        self._world = world
-        self._pid = pid
-        self.orders: list[Order] = []
-        self.killed = False
-        self._answers: SimpleQueue[Answer | None] = SimpleQueue()
-        self._returncode: int | None = None
-        self._ended = threading.Event()
-        self._answers.put(Ready(pid=pid, runtimes=(RuntimeName.LITERT,)))
-
-    @property
-    def pid(self) -> int:
-        return self._pid
-
-    def send(self, order: Order) -> None:
-        if self._ended.is_set():
-            raise ChannelClosed("gone")
-        self.orders.append(order)
-        if self._world.dies_on(order):
-            self.die(-11)
-        elif not self._world.mute(order):
-            self._answer(order)
-
-    def _answer(self, order: Order) -> None:
-        match order:
-            case Serve(version=13):
-                self._answers.put(Refused(ticket=order.ticket, model=order.model, reason="unlucky"))
-            case Serve():
-                self._answers.put(
-                    Serving(
-                        ticket=order.ticket,
-                        model=order.model,
-                        version=order.version,
-                        digest=order.digest,
-                        runtime=RuntimeName.LITERT,
-                        took_us=1,
-                    )
-                )
-            case Withdraw():
-                self._answers.put(Withdrawn(ticket=order.ticket, model=order.model))
-            case Drain():
-                self._answers.put(StatisticsDelta(unknown_truth=1))
-                self.die(0)
-
-    def die(self, returncode: int) -> None:
-        self._returncode = returncode
-        self._ended.set()
-        self._answers.put(None)
-
-    def receive(self) -> Answer:
-        answer = self._answers.get(timeout=PATIENCE * 4)
-        if answer is None:
-            raise ChannelClosed("gone")
-        return answer
-
-    def wait(self, timeout: float | None = None) -> int | None:
-        self._ended.wait(timeout)
-        return self._returncode
-
-    def kill(self) -> None:
-        self.killed = True
-        if not self._ended.is_set():
-            self.die(-9)
-
-
-class World:
-    """The supervisor with everything around it."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.planes: list[FakePlane] = []
-        self.failing_launches: deque[OSError] = deque()
-        self.launched: list[float] = []
-        self.now = 1000.0
-        self.dies_on: Callable[[Order], bool] = lambda _: False
-        self.mute: Callable[[Order], bool] = lambda _: False
-        self.events: SimpleQueue[Event] = SimpleQueue()
-        self.seen: list[Event] = []
-        self.unclaimed: list[Event] = []
-        self.supervisor = Supervisor(
-            self, self.events.put, clock=lambda: self.now, first_backoff=0.1, max_backoff=10, stop_seconds=0.2
-        )
-
-    def launch(self) -> FakePlane:
-        self.launched.append(self.now)
-        if self.failing_launches:
-            raise self.failing_launches.popleft()
-        plane = FakePlane(self, 100 + len(self.planes))
-        self.planes.append(plane)
-        return plane
-
-    def model(self, example: str, version: int, name: str = "digits") -> StoredModel:
-        one = servable(self.root, example, version, model=name)
-        assert one.manifest
-        return StoredModel(digest=one.digest, folder=str(one.path.parent), manifest=one.manifest)
-
-    def wait_for(self, kind: type, **fields: object) -> Event:
-        def fits(event: Event) -> bool:
-            return isinstance(event, kind) and all(getattr(event, name) == value for name, value in fields.items())
-
-        while not (found := next(filter(fits, self.unclaimed), None)):
-            try:
-                event = self.events.get(timeout=PATIENCE)
-            except Empty:
-                raise AssertionError(f"no {kind.__name__} with {fields} came; unclaimed: {self.unclaimed}") from None
-            self.seen.append(event)
-            self.unclaimed.append(event)
-        self.unclaimed.remove(found)  # the order in which different planes are heard is not fixed
-        return found
-
-    def settle(self, plane: int, order: type) -> None:
-        """Wait until a plane got an order of a kind."""
-        deadline = threading.Event()
-        for _ in range(int(PATIENCE / 0.005)):
-            if len(self.planes) > plane and any(isinstance(one, order) for one in self.planes[plane].orders):
-                return
-            deadline.wait(0.005)
-        raise AssertionError(f"plane {plane} got no {order.__name__}: {[one.orders for one in self.planes]}")
-
-    def let_time_pass(self, launches: int) -> None:
-        """Move the clock in small steps until the supervisor has launched this often."""
-        for _ in range(2000):
-            if len(self.launched) >= launches:
-                return
-            self.now += 0.05
-            self.supervisor.withdraw(10_000, "nothing")  # wakes the thread, as any message does
-            threading.Event().wait(0.002)
-        raise AssertionError(f"launched {len(self.launched)} times, not {launches}")
-
-    def served(self, plane: int) -> list[tuple[int, str, int]]:
-        return [(o.ticket, o.model, o.version) for o in self.planes[plane].orders if isinstance(o, Serve)]
+from agent.ports import DataPlaneExit
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
-    one = World(tmp_path)
-    one.supervisor.start()
-    yield one
-    stopping = threading.Thread(target=one.supervisor.stop)
-    stopping.start()
-    while stopping.is_alive():
-        one.now += 0.1  # time passes, so that a plane that does not end is killed
-        stopping.join(0.05)
+    with running(World(tmp_path)) as one:
+        yield one
 
 
 def test_a_new_data_plane_is_opened_when_there_is_nothing_to_serve(world: World) -> None:

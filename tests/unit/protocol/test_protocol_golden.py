@@ -43,7 +43,7 @@ from protocol.messages import (
     Will,
     Window,
 )
-from protocol.release import Assignment, DeviceConfig, DirectorScope, release_of
+from protocol.release import Assignment, DeviceConfig, DirectorScope, ShadowTerms, release_of
 from protocol.states import DeploymentState, EventKind, RejectReason, RuntimeName
 from protocol.statistics import Histogram, ModelStatistics, TruthStatistics
 
@@ -153,6 +153,20 @@ MESSAGES: dict[str, tuple[msgspec.Struct, Callable[[bytes], msgspec.Struct]]] = 
         ),
         decode_event,
     ),
+    "report-refusals-1": (
+        Report(
+            spool="00112233aabbccdd",
+            sequence=1028,
+            windows=(
+                Window(
+                    start=NOON,
+                    span=60_000,
+                    models=(ModelStatistics(digest=DIGEST[:16], requests=40, dropped=9, late=4, shed=3),),
+                ),
+            ),
+        ),
+        decode_report,
+    ),
     "acknowledgement-1": (
         Acknowledgement(
             spool="00112233aabbccdd",
@@ -185,6 +199,7 @@ DOCUMENTS: dict[str, msgspec.Struct] = {
     "device-api-error-1": DeviceApiError(error="the token is used up", remedy="ask for a new one"),
     "release-1": release_of(MANIFEST),
     "assignment-1": Assignment(rollout="r-12", attempt=2),
+    "assignment-2": Assignment(rollout="r-13", forced=True, shadow=ShadowTerms(share=50, requests=500)),
     "director-scope-1": DirectorScope(device="cam-7", issued=NOON, config=DeviceConfig(window_seconds=10)),
 }
 

@@ -31,6 +31,8 @@ models = st.builds(
     requests=counts,
     errors=counts,
     dropped=counts,
+    late=counts,
+    shed=counts,
     latency=histograms,
     confidence=vectors,
     classes=vectors,
@@ -67,7 +69,8 @@ def test_models_merge_in_any_order_and_keep_the_counts(
 ) -> None:
     merged = merge_models(merge_models(a, b), c)
     assert merged == merge_models(a, merge_models(c, b))
-    assert sum(m.requests for m in (a, b, c)) == merged.requests
+    for field in ("requests", "errors", "dropped", "late", "shed"):
+        assert sum(getattr(m, field) for m in (a, b, c)) == getattr(merged, field)
     assert sum(sum(m.classes) for m in (a, b, c)) == sum(merged.classes)
     assert sum(sum(m.confidence) for m in (a, b, c)) == sum(merged.confidence)
 

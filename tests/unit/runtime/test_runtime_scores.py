@@ -55,6 +55,19 @@ def test_what_is_no_number_is_not_quantised(bad: float) -> None:
         quantise([0.5, bad], IMAGE)
 
 
+@pytest.mark.parametrize("dtype", ["INT32", "UINT32", "INT64", "UINT64"])
+def test_what_is_too_large_becomes_the_largest_that_fits_and_never_wraps_around(dtype: str) -> None:
+    low, high = quantise([-1e300, 1e300], TensorSpec(name="x", dtype=dtype, shape=(2,)))
+    limits = np.iinfo(low.dtype)
+    assert limits.min == low
+    assert 0 <= int(limits.max) - int(high) < 2**12  # the last float below it
+
+
+def test_what_a_float_tensor_cannot_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match="outside of FP32"):
+        quantise([1e300], TensorSpec(name="x", dtype="FP32", shape=(1,)))
+
+
 def test_scores_are_dequantised_probabilities() -> None:
     tensor = np.array([[-128, -64, 0, -64]], np.int8)
     assert probabilities(tensor, SCORES).tolist() == [[0.0, 0.25, 0.5, 0.25]]

@@ -54,12 +54,22 @@ def report(
     requests: int = 10,
     errors: int = 0,
     latency: int = 1500,
+    turned_away: tuple[int, int, int] = (0, 0, 0),
     truth: tuple[ConfusionCell, ...] = (),
     **fields: object,
 ) -> Report:
     n = requests - errors
     histogram = histogram_from({bucket_index(latency): n}, zero=0, sum_=latency * n, max_=latency)
-    model = ModelStatistics(digest=digest, requests=requests, errors=errors, latency=histogram)
+    dropped, late, shed = turned_away
+    model = ModelStatistics(
+        digest=digest,
+        requests=requests,
+        errors=errors,
+        dropped=dropped,
+        late=late,
+        shed=shed,
+        latency=histogram,
+    )
     return Report(
         spool=spool,
         sequence=sequence,

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 from web_world import Key, Web, running_web
 
+from fleet_server.adapters.deltas import DeltaFolder
 from fleet_server.api_types import TokenCreated, TokenRequest
 from fleet_server.cli.__main__ import app as cli
 from fleet_server.cli.session import Session
@@ -25,9 +26,12 @@ from protocol.device_api import (
     EnrolResponse,
     parse_token,
 )
+from protocol.release import NO_BASE, ZSTD, ZSTD_PATCH
 
 BUNDLE = bytes(range(256)) * 5000
 DIGEST = hashlib.sha256(BUNDLE).hexdigest()
+OLDER = BUNDLE[::-1]
+OLDER_DIGEST = hashlib.sha256(OLDER).hexdigest()
 
 
 @dataclass
@@ -220,3 +224,44 @@ def test_a_range_is_read_as_the_standard_says(header: str | None, expected: tupl
 def test_a_range_outside_of_the_file_is_refused(header: str) -> None:
     with pytest.raises(UnsatisfiableRange):
         range_of(header, 10)
+
+
+# ---------------------------------------------------------------- deltas
+@pytest.fixture(scope="module")
+def deltas(enrolled: Enrolled) -> Iterator[DeltaFolder]:
+    deltas = enrolled.web.parts.deltas
+    assert isinstance(deltas, DeltaFolder)
+    enrolled.web.parts.artifacts.add(iter([OLDER]), OLDER_DIGEST, cap=10**7)
+    deltas.start()
+    yield deltas
+    deltas.stop()
+
+
+@pytest.mark.parametrize("base", [OLDER_DIGEST, NO_BASE])
+def test_a_delta_is_made_when_it_is_first_asked_for_and_answered_in_ranges(
+    enrolled: Enrolled, deltas: DeltaFolder, base: str
+) -> None:
+    method = ZSTD if base == NO_BASE else ZSTD_PATCH
+    path = f"{BUNDLES_PATH}/{DIGEST}?from={base}&method={method}"
+    first = enrolled.get(path)
+    assert first.status == 404
+    assert "fetch the bundle itself" in msgspec.json.decode(first.data, type=DeviceApiError).error
+    assert deltas.settle(60)
+
+    whole, rest = enrolled.get(path), enrolled.get(path, Range="bytes=5-")
+    offer = deltas.offer(base, DIGEST, [method])
+    assert offer is not None
+    assert (whole.status, rest.status) == (200, 206)
+    assert (len(whole.data), hashlib.sha256(whole.data).hexdigest()) == (offer.length, offer.sha256)
+    assert rest.data == whole.data[5:]
+    assert rest.headers["Content-Range"] == f"bytes 5-{offer.length - 1}/{offer.length}"
+
+
+@pytest.mark.parametrize("query", ["from=", "from=none", "from=../x&method=zstd", "from=none&method=../../x"])
+def test_what_names_no_delta_is_not_found(enrolled: Enrolled, deltas: DeltaFolder, query: str) -> None:
+    assert enrolled.get(f"{BUNDLES_PATH}/{DIGEST}?{query}").status == 404
+
+
+def test_a_delta_takes_a_token_as_everything_does(enrolled: Enrolled) -> None:
+    path = f"{BUNDLES_PATH}/{DIGEST}?from={NO_BASE}&method={ZSTD}"
+    assert enrolled.web.device_request("GET", path).status == 401

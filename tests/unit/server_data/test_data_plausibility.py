@@ -36,6 +36,8 @@ BAD_REPORTS = {
     "a thousand and one windows": msgspec.structs.replace(GOOD, windows=(Window(start=0, span=1),) * 1001),
     "a negative count": with_model(requests=-1),
     "a count beyond 64 bits": with_model(errors=2**64),
+    "a negative count of late": with_model(late=-1),
+    "more late and shed than turned away": with_model(dropped=2, late=2, shed=1),
     "too many confidence bins": with_model(confidence=(0,) * 21),
     "a histogram beyond its range": with_model(latency=Histogram(offset=300, counts=(1,) * 100)),
     "a histogram from nowhere": with_model(latency=Histogram(offset=-(10**9), counts=(1,))),

@@ -5,15 +5,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import alembic.autogenerate
+import alembic.command
+import alembic.config
 import alembic.migration
 import pytest
-from data_world import NOW, birth, bundle, database, desire, enrol, event
+from data_world import NOW, birth, bundle, database, desire, enrol, event, report
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Engine
 from sqlalchemy.schema import CreateTable
 
-from fleet_server.adapters.database import tables
-from fleet_server.adapters.database.opening import open_database
+from fleet_server.adapters.database import dialect, tables
+from fleet_server.adapters.database.opening import MIGRATIONS, open_database
 from fleet_server.adapters.database.registry import (
     DatabaseDesiredStates,
     DatabaseRegistry,
@@ -45,6 +47,21 @@ def test_the_migrations_give_exactly_the_tables(engine: Engine) -> None:
     with engine.connect() as connection:
         context = alembic.migration.MigrationContext.configure(connection)
         assert alembic.autogenerate.compare_metadata(context, tables.metadata) == []
+
+
+def test_reports_of_the_first_schema_are_kept_and_their_refusals_are_not_told_apart(engine: Engine) -> None:
+    enrol(engine, "cam-1")
+    batch = Batch(reports=[("cam-1", report(1, turned_away=(9, 4, 3)))], received_at=NOW)
+    DatabaseTelemetry(engine).store(batch)
+    config = alembic.config.Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    for move, version in ((alembic.command.downgrade, "0001"), (alembic.command.upgrade, "head")):
+        with dialect.writing(engine) as connection:
+            config.attributes["connection"] = connection
+            move(config, version)
+    with engine.connect() as connection:
+        (row,) = connection.execute(tables.statistics.select())
+    assert (row.requests, row.dropped, row.late, row.shed) == (10, 9, 0, 0)
 
 
 def test_several_servers_may_open_the_same_new_database_at_once(tmp_path: Path) -> None:

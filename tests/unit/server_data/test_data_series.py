@@ -1,5 +1,7 @@
 """Windows and truth put together: figures come from merged counts, per version and step."""
 
+from dataclasses import replace
+
 from fleet_server.core.running import models_now
 from fleet_server.core.series import Judged, Measured, points, step_for, summarise, summarise_by_version
 from protocol.messages import Birth, Event, RunningModel
@@ -23,6 +25,12 @@ def test_quantiles_come_from_the_merged_histogram() -> None:
     assert abs(summary.p50_us - 1000) < 45
     assert summary.p95_us is not None
     assert abs(summary.p95_us - 50_000) < 2300
+
+
+def test_what_was_turned_away_adds_up_with_the_reasons_that_are_known() -> None:
+    one = replace(window(0, 1, 10), dropped=9, late=4, shed=3)
+    summary = summarise([one, replace(one, start=M, late=0)], [])
+    assert (summary.dropped, summary.late, summary.shed) == (18, 4, 6)
 
 
 def test_accuracy_is_a_proportion_of_all_judged_predictions() -> None:

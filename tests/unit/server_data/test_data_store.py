@@ -170,6 +170,14 @@ def test_old_reports_are_forgotten_but_never_stored_again(engine: Engine) -> Non
     assert rows_of(engine, *empty) == empty
 
 
+def test_what_was_turned_away_is_kept_with_the_reasons_that_are_known(engine: Engine) -> None:
+    DatabaseReleases(engine).add_bundles([bundle(1, sha256=DIGEST)])
+    store(engine, report(1, turned_away=(9, 4, 3)), report(2, start=NOW + MINUTE, turned_away=(2, 0, 0)))
+    queries = Queries(engine, clock=lambda: NOW + 2 * MINUTE)
+    points = queries.series("cam-1", "digits", span=60 * MINUTE)
+    assert [(p.dropped, p.late, p.shed) for p in points] == [(9, 4, 3), (2, 0, 0)]
+
+
 def test_a_fleet_view_has_the_figures_of_the_running_version(engine: Engine) -> None:
     DatabaseReleases(engine).add_bundles([bundle(1, sha256=DIGEST)])
     store(engine, *SET)

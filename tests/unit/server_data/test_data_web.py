@@ -38,7 +38,10 @@ def seed(running: Web) -> None:
     running.telemetry.store(
         Batch(
             states=[("cam-1", born)],
-            reports=[("cam-1", report(1, start=now - 30_000, span=2000, truth=((0, 0, 9), (1, 0, 1))))],
+            reports=[
+                ("cam-1", report(1, start=now - 30_000, span=2000, truth=((0, 0, 9), (1, 0, 1)))),
+                ("cam-1", report(2, start=now - 28_000, span=2000, digest="a" * 16, turned_away=(9, 4, 3))),
+            ],
             events=[("cam-1", event(1, at=now, detail=HOSTILE)), ("cam-1", event(2, model=HOSTILE[:60], at=now))],
             received_at=now,
         )
@@ -53,6 +56,15 @@ def me(web: Web) -> dict[str, str]:
 def problem(answer: object) -> Problem:
     assert answer.headers["Content-Type"] == "application/problem+json"  # type: ignore[attr-defined]  # urllib3's
     return msgspec.json.decode(answer.data, type=Problem)  # type: ignore[attr-defined]  # urllib3's
+
+
+# ---------------------------------------------------------------- figures, while the reports are recent
+def test_a_device_page_says_how_many_requests_were_turned_away_and_why(web: Web, me: dict[str, str]) -> None:
+    page = web.request("GET", "/devices/cam-1", headers=me).data.decode()
+    assert "9 turned away, 4 of them late, 3 of them in distress" in page
+    data = web.request("GET", "/api/v1/devices/cam-1", headers=me).data
+    model = next(one for one in msgspec.json.decode(data, type=DeviceView).models if one.model == "digits")
+    assert (model.dropped, model.late, model.shed) == (9, 4, 3)
 
 
 # ---------------------------------------------------------------- who gets in
@@ -225,7 +237,7 @@ def test_an_upload_whose_bytes_are_not_the_digest_is_refused(web: Web, me: dict[
 # ---------------------------------------------------------------- what it says
 def test_the_fleet_is_told_with_figures(web: Web, me: dict[str, str]) -> None:
     overview = msgspec.json.decode(web.request("GET", "/api/v1/overview", headers=me).data, type=Overview)
-    assert (overview.devices["new"], overview.reports, overview.trust_ready) == (1, 1, False)
+    assert (overview.devices["new"], overview.reports, overview.trust_ready) == (1, 2, False)
     data = web.request("GET", "/api/v1/devices", headers=me).data
     first, second = msgspec.json.decode(data, type=tuple[DeviceView, ...])
     assert (first.id, second.presence, first.labels) == ("cam-1", PresenceState.NEW, {"site": "oslo"})

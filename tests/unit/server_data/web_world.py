@@ -25,6 +25,7 @@ from fleet_server.adapters.database.accounts import DatabaseAccounts
 from fleet_server.adapters.database.queries import Queries
 from fleet_server.adapters.database.registry import DatabaseDesiredStates, DatabaseRegistry, DatabaseReleases
 from fleet_server.adapters.database.telemetry import DatabaseTelemetry
+from fleet_server.adapters.deltas import DeltaFolder
 from fleet_server.adapters.director import OnlineDirector
 from fleet_server.adapters.image_repository import ImageFolder
 from fleet_server.enrolment import Enrolment
@@ -172,11 +173,13 @@ def make_parts(
             director=director,
             uplink=uplink,
             new_id=partial(str, "order"),
+            hindrance=image.hindrance,
         ),
         authority=authority,
         director=director,
         image=image,
         artifacts=artifacts,
+        deltas=DeltaFolder(folder / "deltas", artifacts),
         broker_up=lambda: True,
         epoch="epoch",
         clock=clock,

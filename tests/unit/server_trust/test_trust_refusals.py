@@ -7,11 +7,12 @@ import msgspec
 import pytest
 from securesystemslib.signer import CryptoSigner
 from trust_world import World, bundle_bytes, chunks, no_passphrase, now_ms, source
-from tuf.api.metadata import Delegations, Metadata, Root, TargetFile, Targets
+from tuf.api.metadata import DelegatedRole, Delegations, Metadata, Root, TargetFile, Targets
 
 from fleet_server.adapters.director import OnlineDirector
-from fleet_server.api_types import Publication
-from fleet_server.cli.signing import IMAGE_TARGETS, now_utc
+from fleet_server.api_types import OnlineKeysView, Publication
+from fleet_server.cli.key_folder import IMAGE_TARGETS, KeyFolder
+from fleet_server.cli.signing import now_utc, sign_first
 from fleet_server.publishing import Refused
 from protocol.bundle import digest_of
 from protocol.release import bundle_path, release_of, to_custom
@@ -141,7 +142,7 @@ def older_than_what_exists(d: Draft) -> None:
 
 
 def delegating(d: Draft) -> None:
-    d.targets.delegations = Delegations({}, {})
+    d.targets.delegations = Delegations({}, {"vision": DelegatedRole("vision", [], 1, True, ["models/vision/*"])})
 
 
 def floor_without_number(d: Draft) -> None:
@@ -168,7 +169,7 @@ REFUSED: list[tuple[Callable[[Draft], None], str]] = [
     (unknown_field_in_release, "fields or forms"),
     (two_families, "belongs to family main"),
     (older_than_what_exists, "version 1 is not above 1"),
-    (delegating, "delegations"),
+    (delegating, "0 keys cannot give 1 signatures"),
     (floor_without_number, "custom.floor"),
 ]
 
@@ -197,17 +198,20 @@ def test_the_same_draft_unspoilt_is_taken_and_taken_again_without_a_change(ready
 
 def test_a_floor_may_rise_and_never_falls(ready: World) -> None:
     def with_floor(floor: int) -> Draft:
-        draft = Draft(ready)
-        del draft.targets.targets["models/main/digits-2-int8.ewb"]
+        draft, old = Draft(ready), Metadata[Targets].from_bytes(ready.image.metadata("targets.json") or b"").signed
+        draft.targets.targets = dict(old.targets)
         path = "models/main/digits.floor"
         draft.targets.targets[path] = TargetFile(0, {"sha256": digest_of(b"")}, path, {"custom": {"floor": floor}})
         return draft
 
-    ready.publish(source(content=b"one"))
+    for content in (b"one", b"two", b"three"):
+        ready.publish(source(content=content))
     with_floor(2).publish()
     with_floor(3).publish()
     with pytest.raises(Refused, match="falls from 3 to 2"):
         with_floor(2).publish()
+    with pytest.raises(Refused, match="floor 4 is above 3"):
+        with_floor(4).publish()
 
 
 def test_variants_of_a_new_version_come_in_one_publication(ready: World) -> None:
@@ -271,9 +275,6 @@ def test_what_a_cut_upload_left_is_removed_at_start(ready: World) -> None:
 
 # ---------------------------------------------------------------- roots
 def test_roots_for_other_online_keys_are_refused_and_the_right_ones_still_fit(world: World) -> None:
-    from fleet_server.api_types import OnlineKeysView
-    from fleet_server.cli.signing import KeyFolder, sign_first
-
     strange = OnlineDirector(world.folder / "strange")
     right = world.client.get("/trust/online-keys", OnlineKeysView)
     wrong = OnlineKeysView(director={r: k.decode() for r, k in strange.online_keys().items()}, image=right.image)
@@ -314,14 +315,14 @@ def test_junk_is_refused_as_root_and_as_targets(ready: World, junk: bytes) -> No
     with pytest.raises(Refused):
         ready.director.accept_root(junk)
     with pytest.raises(Refused):
-        ready.image.accept_targets(junk, now_ms())
+        ready.image.accept(Publication(targets=junk), now_ms())
 
 
 def test_a_fraction_in_signed_metadata_is_refused_because_tuf_cannot_sign_it(ready: World) -> None:
     data = msgspec.json.decode(ready.image.metadata("targets.json") or b"")
     data["signed"]["custom"] = 0.5
     with pytest.raises(Refused):
-        ready.image.accept_targets(msgspec.json.encode(data), now_ms())
+        ready.image.accept(Publication(targets=msgspec.json.encode(data)), now_ms())
 
 
 def test_metadata_is_served_by_its_own_names_only(ready: World) -> None:

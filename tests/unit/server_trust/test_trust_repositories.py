@@ -13,10 +13,11 @@ from tuf.ngclient import FetcherInterface, Updater
 
 from fleet_server.adapters.image_repository import ImageFolder
 from fleet_server.api_types import DeployRequest
-from fleet_server.cli.signing import fetch_verified, now_utc, sign_again
+from fleet_server.cli.changes import Change
+from fleet_server.cli.signing import fetch_verified, now_utc
 from fleet_server.ports import SignedDesire
 from protocol.codec import decode_desired_state, encode
-from protocol.release import DeviceConfig, DirectorScope, from_custom
+from protocol.release import Assignment, DeviceConfig, DirectorScope, from_custom
 
 
 class Files(FetcherInterface):
@@ -80,7 +81,7 @@ def test_both_repositories_name_a_deployed_bundle_with_the_same_release_length_a
     assert (released.length, released.hashes) == (wanted.length, wanted.hashes)
     assert released.custom["release"] == wanted.custom["release"]
     assert from_custom(wanted.custom["release"]) == ready.releases.bundles()[0].release
-    assert wanted.custom["assignment"] == {"rollout": "order-1", "attempt": 1}
+    assert wanted.custom["assignment"] == msgspec.to_builtins(Assignment(rollout="order-1"))
 
 
 def test_an_empty_desired_state_still_names_its_device_and_when_it_was_issued(ready: World) -> None:
@@ -144,8 +145,10 @@ def test_a_device_gets_the_root_steps_after_the_one_it_reported(ready: World) ->
     ready.registry.put("fresh", "current")
     ready.registry.births["fresh"] = birth(director_root=1)
     ready.registry.births["current"] = birth(director_root=2)
-    roots = sign_again(ready.keys, fetch_verified(ready.client, ready.keys), no_passphrase, now_utc())
-    ready.publishing.accept_roots(roots, now_ms())
+    change = Change(base=fetch_verified(ready.client, ready.keys), now=now_utc())
+    change.renew("director-root")
+    change.sign(ready.keys, no_passphrase)
+    ready.publishing.publish(change.complete(), now_ms())
     ready.publish(source())
     ready.rollouts.deploy(DeployRequest(model="digits", version=1, all=True), "ann", now_ms())
 

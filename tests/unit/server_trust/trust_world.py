@@ -21,10 +21,11 @@ from fleet_server.adapters.artifacts import ArtifactFolder
 from fleet_server.adapters.authority import CertificateAuthority
 from fleet_server.adapters.director import OnlineDirector
 from fleet_server.adapters.image_repository import ImageFolder
-from fleet_server.api_types import OnlineKeysView, Publication, Roots, TokenRequest, TrustStatus
+from fleet_server.api_types import MakeOnlineKeys, OnlineKeysView, Publication, Roots, TokenRequest, TrustStatus
+from fleet_server.cli.key_folder import KeyFolder
 from fleet_server.cli.publish import Published, Publisher, Source
 from fleet_server.cli.session import ApiError
-from fleet_server.cli.signing import IMAGE_TARGETS, KeyFolder, now_utc, sign_first
+from fleet_server.cli.signing import now_utc, sign_first
 from fleet_server.enrolment import DeviceExists, Enrolment, TokenRefused
 from fleet_server.ports import (
     DeploymentRecord,
@@ -36,9 +37,10 @@ from fleet_server.ports import (
 )
 from fleet_server.publishing import Publishing, Refused
 from fleet_server.rollouts import Rollouts
+from fleet_server.web.overview import roles_of
 from protocol.bundle import digest_of, write_bundle
 from protocol.device_api import EnrolRequest, EnrolResponse, parse_token
-from protocol.manifest import Golden, Manifest, Needs, TensorSpec
+from protocol.manifest import Golden, Manifest, Needs, TensorSpec, encode_manifest
 from protocol.messages import Acknowledgement, Birth, DesiredState
 from protocol.states import RuntimeName
 
@@ -175,7 +177,11 @@ class World:
         self.image = ImageFolder(folder / "image")
         self.artifacts = ArtifactFolder(folder / "artifacts")
         self.publishing = Publishing(
-            releases=self.releases, director=self.director, image=self.image, artifacts=self.artifacts
+            releases=self.releases,
+            director=self.director,
+            image=self.image,
+            artifacts=self.artifacts,
+            on_director_root=self.follow_root,
         )
         self.enrolment = Enrolment(
             registry=self.registry,
@@ -195,7 +201,12 @@ class World:
             director=self.director,
             uplink=self.uplink,
             new_id=lambda: f"order-{len(self.desired.deployments) + 1}",
+            hindrance=self.image.hindrance,
         )
+
+    def follow_root(self, now: int) -> None:
+        """Sign again under a new Director root."""
+        self.rollouts.follow_root(now)
 
     def ready(self) -> "World":
         """Make the offline keys and both roots."""
@@ -204,9 +215,11 @@ class World:
         self.publishing.accept_roots(roots, now_ms())
         return self
 
-    def publish(self, *sources: Source) -> Sequence[Published]:
-        signer = self.keys.signer(IMAGE_TARGETS, no_passphrase)
-        return Publisher(client=self.client, folder=self.keys, signer=signer).publish(sources)
+    def publish(self, *sources: Source, **options: Any) -> Sequence[Published]:
+        return self.publisher(**options).publish(sources)
+
+    def publisher(self, keys: KeyFolder | None = None, **options: Any) -> Publisher:
+        return Publisher(client=self.client, folder=keys or self.keys, passphrase=no_passphrase, **options)
 
     def enrol(self, device_id: str, *, token: str | None = None) -> EnrolResponse:
         text = token or self.enrolment.create_token(TokenRequest(), now_ms()).token
@@ -240,6 +253,10 @@ class InProcessClient:
 
     def post(self, path: str, body: Any, kind: Any) -> Any:
         try:
+            if path == "/trust/online-keys":
+                assert isinstance(body, MakeOnlineKeys)
+                self.world.publishing.make_next_keys()
+                return self.get(path, kind)
             if path == "/trust/roots":
                 assert isinstance(body, Roots)
                 self.world.publishing.accept_roots(body, now_ms())
@@ -268,6 +285,12 @@ class InProcessClient:
             director_root_version=len(director.roots()),
             targets_version=_version(targets),
             targets_expires=None,
+            roles=roles_of(director, image, now_ms()),
+            targets_versions={
+                f.name.replace("image-targets", "targets"): f.version
+                for f in image.roles()
+                if f.name == "image-targets" or not f.name.startswith("image-")
+            },
         )
 
 
@@ -286,6 +309,17 @@ def source(model: str = "digits", *, variant: str = "int8", content: bytes = b"w
         members={name: digest_of(data) for name, data in members.items()},
     )
     return Source(name=f"{model}-{variant}", manifest=msgspec.structs.replace(manifest, **changes), members=members)
+
+
+def folder_of(world: World, name: str, **changes: Any) -> Path:
+    """A bundle folder as the converters leave it."""
+    folder = world.folder / name
+    folder.mkdir()
+    packed = source(**changes)
+    (folder / "manifest.json").write_bytes(encode_manifest(packed.manifest))
+    for member, data in packed.members.items():
+        (folder / member).write_bytes(data)
+    return folder
 
 
 def bundle_bytes(of: Source, version: int) -> bytes:
