@@ -5,7 +5,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: help setup check format test test-unit test-system demo bench fuzz conformance clean
+.PHONY: help setup check format test test-unit test-system demo bench fuzz soak-crash conformance clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -40,12 +40,15 @@ demo: ## the main story on real parts; ONCE=1 checks it and exits
 	$(PY) -m demo $(if $(ONCE),--once,)
 
 bench: setup ## every question in benchmarks/, side by side (benchmarks/models.py first); QUICK=1 for a short look
-	@for question in inference_overhead inference_parallel swap restart footprint delta batching; do \
+	@for question in inference_overhead inference_parallel swap restart push footprint delta batching; do \
 	    echo "== $$question"; $(PY) benchmarks/$$question.py $(if $(QUICK),--quick,) || exit 1; done
 
 fuzz: setup ## every reader of a stranger's bytes, guided by coverage; SECONDS_EACH=60, TARGETS="head tensors"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r tests/fuzz/requirements.txt
 	$(PY) tests/fuzz/fuzz_atheris.py --seconds $(or $(SECONDS_EACH),60) $(TARGETS)
+
+soak-crash: setup ## kill the agent at every moment its disk changes, and start it again; STORIES="update delta", KILLS=36
+	$(PY) tests/soak/crash_sweep.py --kills $(or $(KILLS),36) $(STORIES)
 
 conformance: setup ## the public TUF conformance suite on the agent's update client; SUITE=its checkout (needs faketime)
 	@test -d "$(SUITE)/tuf_conformance" || { echo "SUITE=<a checkout of theupdateframework/tuf-conformance>"; exit 2; }

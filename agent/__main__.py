@@ -95,10 +95,14 @@ def _run(options: argparse.Namespace) -> int:
     from agent.daemon import Daemon
     from agent.listening import CannotListen
     from agent.ports import AgentError
+    from agent.stranded import Stranded, has_served, trouble_with_identity
 
     settings = read_settings(options.config)
     try:
-        Daemon(settings).run()
+        trouble = trouble_with_identity(settings)
+        if trouble and has_served(settings) and not Stranded(settings, trouble, log_level=options.log_level).run():
+            return 0  # told to stop
+        Daemon(settings, log_level=options.log_level).run()
     except (AgentError, CannotListen, OSError) as error:
         return _fail(str(error), 1)
     return 0

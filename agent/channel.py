@@ -118,6 +118,10 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     runtimes: tuple[RuntimeName, ...]
 
 
+class Opened(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Answer to `Open`: clients reach this data plane on every address. The one before it may go."""
+
+
 class Serving(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Answer to `Serve`: the flip happened."""
 
@@ -202,6 +206,7 @@ class StatisticsDelta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 Order = Prepare | Configure | Govern | Serve | Withdraw | Shadow | EndShadow | SelfTest | Open | Drain
 Answer = (
     Ready
+    | Opened
     | Serving
     | Withdrawn
     | Refused
@@ -332,6 +337,7 @@ _orders = msgspec.json.Decoder(
 )
 _answers = msgspec.json.Decoder(
     Ready
+    | Opened
     | Serving
     | Withdrawn
     | Refused

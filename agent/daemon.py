@@ -9,10 +9,8 @@ import os
 import queue
 import random
 import secrets
-import shutil
 import signal
 import ssl
-import tempfile
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -20,13 +18,16 @@ from pathlib import Path
 from zoneinfo import ZoneInfo
 
 from agent.adapters.allowance import Allowance
+from agent.adapters.atomic_file import remove_leftovers, try_writing
+from agent.adapters.command_file import CommandFile
 from agent.adapters.connection_counter import ConnectionCounter
 from agent.adapters.data_plane import DataPlaneProcesses
 from agent.adapters.delegate_libraries import marks
 from agent.adapters.delta import RebuildChild, installed_methods
 from agent.adapters.deployment_file import DeploymentFile
-from agent.adapters.device_api import HttpsMetadata
+from agent.adapters.device_api import HttpsMembership, HttpsMetadata
 from agent.adapters.download import BundleDownloads
+from agent.adapters.dsse import SignedCommands
 from agent.adapters.history_file import HistoryFile
 from agent.adapters.hold_file import HoldFile
 from agent.adapters.host import MachineHost
@@ -37,6 +38,7 @@ from agent.adapters.model_store import FolderStore
 from agent.adapters.mqtt import BrokerSettings, Ears, MqttUplink, Words
 from agent.adapters.runtimes import installed_runtimes
 from agent.adapters.scheduler import Scheduler
+from agent.adapters.scratch import Scratch
 from agent.adapters.sensors import MachineSensors
 from agent.adapters.spool import SqliteSpool
 from agent.adapters.systemd import notifier_from, watchdog_interval
@@ -58,6 +60,7 @@ from agent.channel import (
     Withdrawn,
 )
 from agent.chronicle import Chronicle
+from agent.commanding import Commanding
 from agent.config import AgentSettings, InferenceSettings, UpdateSettings, device_class
 from agent.core.deployment import running_model
 from agent.core.governor import Governor
@@ -69,9 +72,10 @@ from agent.core.shadowing import ShadowCounts, add, summary
 from agent.core.sparing import is_wanted
 from agent.core.windows import Windows
 from agent.desire import Desires
+from agent.disk_watch import DiskWatch
 from agent.governing import Governing
 from agent.listening import ListeningSockets, parse_tcp
-from agent.local_api import SOCKET_NAME, ModelStatus, Status, TrustStatus
+from agent.local_api import SOCKET_NAME, LocalAnswer, LocalRequest, ModelStatus, Status, TrustStatus
 from agent.local_control import LocalControl
 from agent.ports import (
     EVENTS,
@@ -84,6 +88,7 @@ from agent.ports import (
     VerifiedDesire,
     Weather,
 )
+from agent.renewing import Renewing
 from agent.reporter import Reporter
 from agent.supervisor import Supervisor
 from agent.updater import Calm, Updater
@@ -96,7 +101,8 @@ from protocol.states import DeploymentState, EventKind, RejectReason
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
-IN_MEMORY = "/dev/shm"  # noqa: S108 - mkdtemp makes a folder of our own in it
+MAX_TROUBLE = 300  # characters of it in a birth
+DISK_REMEDY = "Check that the disk is neither full nor read-only"
 POLL_SECONDS = 300.0  # how often the desired state is asked for over HTTPS while the broker is out of reach
 
 Item = Callable[[int], None]
@@ -105,8 +111,11 @@ Item = Callable[[int], None]
 class Daemon:
     """All parts of one control process."""
 
-    def __init__(self, settings: AgentSettings) -> None:
-        """Build everything; nothing runs before `run`. Raises `Trouble` and `CannotListen`."""
+    def __init__(self, settings: AgentSettings, *, log_level: str = "info") -> None:
+        """Build everything; nothing runs before `run`. Raises `Trouble` and `CannotListen`.
+
+        ``log_level`` is for the data plane, a process of its own.
+        """
         state = Path(settings.device.state)
         self._settings = settings
         self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
@@ -117,8 +126,10 @@ class Daemon:
         self._contexts: dict[bool, ssl.SSLContext] = {}
         self._delta_methods = installed_methods() if settings.update.deltas else ()
         self._notifier = notifier_from()
-        self._identity = IdentityFolder(state / "identity").load()
-        self._sockets = _listening_sockets(settings)
+        self._credentials = IdentityFolder(state / "identity")
+        self._identity = self._credentials.load()
+        self._sockets = listening_sockets(settings)
+        remove_leftovers(state)  # after the sockets: nobody else writes there now
         self._background = ThreadBackground(lambda done: self._post(lambda now: self._finish(done, now)))
         self._store = FolderStore(state, delegates=marks(settings.inference.delegates))
         self._host = MachineHost(state)
@@ -127,16 +138,17 @@ class Daemon:
             runtimes=installed_runtimes(settings.inference.runtime),
             memory_total=self._host.read(None).memory_total or 0,
         )
-        self._spool = SqliteSpool(state / "spool.db", merge=merge_payloads, limit=settings.telemetry.spool_bytes)
+        self._first_troubles: list[Trouble] = []  # what the disk refused before there was anybody to tell
+        self._spool = self._open_spool()
         self._server = HttpsServer(self._identity.settings.server, tls=self._server_tls, authorise=self._bearer_token)
         self._metadata = HttpsMetadata(self._server)
-        self._scratch = _scratch()
+        self._scratch = Scratch()
         self._trust = TufTrust(
             device=self._identity.device,
             director_root=self._identity.director_root,
             image_root=self._identity.image_root,
             folder=state / "trust",
-            scratch=self._scratch,
+            scratch=self._scratch.path,
             image=self._metadata.image,
             is_stored=lambda sha256: self._store.find(sha256) is not None,
         )
@@ -150,11 +162,18 @@ class Daemon:
             now=_now,
             monotonic=time.monotonic,
             data_plane_pid=lambda: self._supervisor.pid,
+            troubled=self._refused,
+        )
+        self._disk = DiskWatch(
+            trial=lambda: try_writing(state),
+            events=self._reporter,
+            changed=self._tell_of_disk,
+            monotonic=time.monotonic,
         )
         self._supervisor = Supervisor(
-            launcher=DataPlaneProcesses(self._sockets, options=_data_plane_options(settings.inference)),
+            launcher=DataPlaneProcesses(self._sockets, options=data_plane_options(settings.inference, log_level)),
             post=lambda told: self._post(lambda now: self._hear_plane(told, now)),
-            configuration=_configuration(settings),
+            configuration=configuration(settings),
             spare=is_wanted(settings.inference.spare, self._facts.memory_total),
             memory_available=self._host.memory_available,
         )
@@ -176,9 +195,10 @@ class Daemon:
         )
         history = HistoryFile(state / "history.jsonl")
         hold = HoldFile(state / "hold")
+        self._deployments = DeploymentFile(state / "deployments.json")
         self._updater = Updater(
             facts=self._facts,
-            deployments=DeploymentFile(state / "deployments.json"),
+            deployments=self._deployments,
             store=self._store,
             downloads=self._make_downloads(settings.update, state),
             trials=_trials(settings),
@@ -194,8 +214,9 @@ class Daemon:
                 zone=ZoneInfo(settings.device.timezone),
                 hold=hold.until,
             ),
+            troubled=self._disk.refused,
         )
-        local = LocalControl(
+        self._control = LocalControl(
             updater=self._updater,
             store=self._store,
             history=history,
@@ -204,9 +225,7 @@ class Daemon:
             status=self._status,
             trust=self._trust_status,
         )
-        self._local = LocalServer(
-            state / SOCKET_NAME, lambda asked, reply: self._post(lambda now: local.answer(asked, reply, now))
-        )
+        self._local: LocalServer | None = None
         self._desires = Desires(
             trust=self._trust,
             background=self._background,
@@ -214,6 +233,31 @@ class Daemon:
             verified=self._pursue,
             clock=_now,
             random=random.random,
+        )
+        self._renewing = Renewing(
+            device=self._identity.device,
+            server=HttpsMembership(self._server),
+            credentials=self._credentials,
+            lease=lambda: self._identity.lease,
+            connected=lambda: self._uplink.connected,
+            renewed=self._take_identity,
+            background=self._background,
+            events=self._reporter,
+            clock_floor=self._clock_floor,
+            monotonic=time.monotonic,
+            random=random.random,
+        )
+        self._command_file = CommandFile(state / "commands.json")
+        self._commanding = Commanding(
+            device=self._identity.device,
+            trust=SignedCommands(self._trust.command_keys),
+            memory=self._command_file,
+            plane=self._supervisor,
+            renewal=self._renewing,
+            replies=self._reporter,
+            events=self._reporter,
+            clock_floor=self._clock_floor,
+            monotonic=time.monotonic,
         )
         self._scheduler = Scheduler()
 
@@ -235,11 +279,19 @@ class Daemon:
             self._reporter.record(kind=EventKind.SPOOL, detail=f"the spool was unreadable: {self._spool.replaced}")
         if self._trust.lost:
             self._reporter.record(kind=EventKind.AGENT, detail=f"the trust state begins anew: {self._trust.lost}")
+        if self._command_file.lost:
+            detail = f"old commands are forgotten: {self._command_file.lost}"
+            self._reporter.record(kind=EventKind.AGENT, detail=detail)
         self._supervisor.start()
         self._updater.start(now)
+        for lost in filter(None, (self._deployments.lost, self._store.lost)):
+            self._reporter.record(kind=EventKind.AGENT, detail=f"{lost}; what serves is worked out from the rest")
+        self._commanding.start()
         self._recall(now)
         self._uplink.start()
-        self._local.start()
+        self._open_local()
+        for trouble in self._first_troubles:
+            self._disk.refused(trouble)
         self._scheduler.every(TICK_SECONDS, "tick", lambda: self._post(self._tick))
         if self._settings.governor.enabled:
             self._scheduler.every(TICK_SECONDS, "governor", self._govern)
@@ -254,7 +306,7 @@ class Daemon:
         """Go on with what was wanted before this start, also without a server."""
         try:
             recalled = self._trust.recall(now)
-        except (Refusal, Weather, Trouble) as error:
+        except (Refusal, Weather, Trouble, OSError) as error:
             self._reporter.record(kind=EventKind.AGENT, detail=f"the stored desired state cannot be used: {error}")
             return
         if recalled and recalled.expired:
@@ -267,8 +319,9 @@ class Daemon:
         try:
             item(_now())
         except Trouble as trouble:
-            log.error("%s", trouble)
-            self._notifier.status(str(trouble))
+            self._disk.refused(trouble)
+        except OSError as error:
+            self._disk.refused(Trouble(f"the disk is in the way: {error}", remedy=DISK_REMEDY))
 
     def _stop(self, now: int) -> None:
         del now
@@ -277,7 +330,8 @@ class Daemon:
     def _end(self) -> None:
         """Drain the data plane, keep its last statistics, say good-bye."""
         self._notifier.stopping()
-        self._local.close()
+        if self._local:
+            self._local.close()
         self._scheduler.stop()
         self._supervisor.stop()
         while not self._items.empty():
@@ -288,7 +342,7 @@ class Daemon:
         self._spool.close()
         self._server.close()
         self._sockets.close()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.close()
         log.info("agent ended")
 
     # ------------------------------------------------------------ the loop's items
@@ -303,7 +357,12 @@ class Daemon:
     def _tick(self, now: int) -> None:
         self._updater.tick(now)
         self._desires.tick(now)
+        self._renewing.tick(now)
         self._reporter.tick(now)
+        if self._disk.tick():
+            self._open_local()
+        self._settle_spool()
+        self._commanding.tick()
 
     def _govern(self) -> None:
         """On the scheduler's thread: some sensors take their time, and the main loop must not wait for them."""
@@ -335,6 +394,8 @@ class Daemon:
         self._announce()
 
     def _hear_plane(self, told: Answer | DataPlaneExit, now: int) -> None:
+        if isinstance(told, DataPlaneExit):
+            self._commanding.plane_ended(told)
         match told:
             case StatisticsDelta() | SelfTested() | Shadowing() | ShadowDelta() | ShadowEnded():
                 self._hear_evidence(told)
@@ -372,6 +433,7 @@ class Daemon:
 
     def _hear_self_test(self, told: SelfTested) -> None:
         self._verdicts.tested(told)
+        self._commanding.tested(told)
         if told.passed is False:
             detail = f"self-test failed: {told.detail}"
             self._reporter.record(
@@ -401,6 +463,53 @@ class Daemon:
         serving = ", ".join(f"{m.model} {m.version} ({m.state.value})" for m in self._models) or "no model yet"
         self._notifier.status(serving)
 
+    # ------------------------------------------------------------ a disk that refuses
+    def _refused(self, trouble: Trouble) -> None:
+        self._disk.refused(trouble)  # which tells the reporter in turn
+
+    def _open_spool(self) -> SqliteSpool:
+        """A device whose disk refuses serves and reports all the same, from memory."""
+        try:
+            return SqliteSpool(self._spool_file, merge=merge_payloads, limit=self._settings.telemetry.spool_bytes)
+        except Trouble as trouble:
+            log.error("reports are kept in memory: %s", trouble)
+            self._first_troubles.append(trouble)
+            return SqliteSpool(None, merge=merge_payloads, limit=self._settings.telemetry.spool_bytes)
+
+    @property
+    def _spool_file(self) -> Path:
+        return Path(self._settings.device.state) / "spool.db"
+
+    def _settle_spool(self) -> None:
+        """Leave the memory for the disk, once the disk is well and the server has all that was kept in memory."""
+        if not self._spool.in_memory or self._disk.trouble:
+            return
+        try:
+            if self._spool.move_to(self._spool_file):
+                self._reporter.spool_moved()
+                self._uplink.announce()
+        except Trouble as trouble:
+            self._disk.refused(trouble)
+
+    def _open_local(self) -> None:
+        """Answer people at the device; a read-only disk has no place for the socket until it is well again."""
+        if self._local:
+            return
+        try:
+            self._local = LocalServer(Path(self._settings.device.state) / SOCKET_NAME, self._ask_locally)
+            self._local.start()
+        except Trouble as trouble:
+            self._disk.refused(trouble)
+
+    def _ask_locally(self, asked: LocalRequest, reply: Callable[[LocalAnswer], None]) -> None:
+        self._post(lambda now: self._control.answer(asked, reply, now))
+
+    def _tell_of_disk(self) -> None:
+        """The birth says it too: an event needs the disk to get on its way."""
+        self._uplink.announce()
+        if self._disk.trouble:
+            self._notifier.status(self._disk.trouble)
+
     # ------------------------------------------------------------ what people at the device ask
     def _status(self, models: tuple[ModelStatus, ...], hold_until: int) -> Status:
         return Status(
@@ -414,6 +523,9 @@ class Daemon:
             dropped_reports=self._spool.dropped(),
             data_plane=self._supervisor.pid,
             hold_until=hold_until,
+            certificate_expires=self._identity.lease.end,
+            shut_out=self._renewing.shut_out,
+            trouble=self._disk.trouble,
             models=models,
         )
 
@@ -449,6 +561,7 @@ class Daemon:
             rebuilds=RebuildChild() if update.deltas else None,
             base=self._stored_folder,
             memory=self._facts.memory_total,
+            is_forced=lambda target: target.assignment.forced,
             spread=lambda: random.random() * update.spread_seconds,  # noqa: S311 - it spreads load, it hides nothing
             tell=lambda target, detail: self._post(lambda _: self._tell_download(target, detail)),
         )
@@ -487,14 +600,27 @@ class Daemon:
             ears=Ears(
                 on_desired=lambda payload: self._post(lambda now: self._desires.arrived(payload, now)),
                 on_acknowledgement=lambda payload: self._post(lambda _: self._hear_acknowledgement(payload)),
+                on_command=lambda payload: self._post(lambda now: self._commanding.arrived(payload, now)),
                 on_server_state=lambda payload: self._post(lambda _: self._hear_server_state(payload)),
                 on_connected=lambda _: self._post(lambda _: self._reporter.connected()),
                 on_disconnected=lambda reason: log.info("uplink: %s", reason),
                 on_published=lambda _stream, _number: self._post(lambda _: self._reporter.publish()),
                 on_unpublished=lambda _stream, _number, _why: None,  # stays unanswered, hence is sent again
-                on_trouble=lambda trouble: self._notifier.status(str(trouble)),
+                on_trouble=lambda trouble: self._post(lambda _: self._hear_uplink_trouble(trouble)),
             ),
         )
+
+    def _hear_uplink_trouble(self, trouble: Trouble) -> None:
+        self._notifier.status(str(trouble))
+        self._renewing.doubt()
+
+    def _take_identity(self) -> None:
+        """A new identity lies on the disk: every connection from now on is made with it."""
+        self._identity = self._credentials.load()
+        self._contexts.clear()
+        self._uplink.reconnect()
+        self._credentials.tidy()
+        self._commanding.renewed()
 
     def _hear_acknowledgement(self, payload: bytes) -> None:
         try:
@@ -525,9 +651,13 @@ class Daemon:
                 director_root=trust.director_root,
                 image_root=trust.image_root,
                 models=self._models,
-                facts={**self._host.facts(), "deltas": " ".join(self._delta_methods)},
+                facts=self._told_facts(),
             )
         )
+
+    def _told_facts(self) -> dict[str, str]:
+        facts = {**self._host.facts(), "deltas": " ".join(self._delta_methods)}
+        return {**facts, "trouble": self._disk.trouble[:MAX_TROUBLE]} if self._disk.trouble else facts
 
     def _will(self, connection: int) -> bytes:
         return encode(Will(boot=self._boot, connection=connection))
@@ -547,12 +677,16 @@ class Daemon:
         return self._contexts[sane]
 
     def _bearer_token(self) -> str:
-        """A clock behind the newest signed time uses that time; the server's is not far from it."""
-        return self._identity.token(max(_now(), self._trust.clock_floor))
+        """Return a token of the server's time, once it refused one of ours; before that of a clock not behind."""
+        return self._identity.token(self._server.time_there or max(_now(), self._clock_floor()))
+
+    def _clock_floor(self) -> int:
+        """Return a time (UTC ms) that has surely passed: the Director signed then, or the CA dated our key."""
+        return max(self._trust.clock_floor, self._identity.lease.start)
 
     def _clock_is_sane(self) -> bool:
         """A clock behind what the Director signed is wrong: the pinned CA is then checked without its dates."""
-        sane = _now() >= self._trust.clock_floor
+        sane = _now() >= self._clock_floor()
         if not sane:
             log.warning("the clock is behind the newest signed time; certificates are checked without their dates")
         return sane
@@ -562,7 +696,7 @@ def _now() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _configuration(settings: AgentSettings) -> Configure:
+def configuration(settings: AgentSettings) -> Configure:
     """Return what the data plane is told once. It comes from the local file alone: pipelines may start programs."""
     return Configure(
         pipelines=settings.pipelines,
@@ -572,10 +706,12 @@ def _configuration(settings: AgentSettings) -> Configure:
     )
 
 
-def _data_plane_options(inference: InferenceSettings) -> list[str]:
+def data_plane_options(inference: InferenceSettings, log_level: str) -> list[str]:
+    """Return the data plane's command line; raise `Trouble` for an extra that is not installed."""
     if inference.grpc and find_spec("grpc") is None:
         raise Trouble("inference.grpc is set, but gRPC is not installed", remedy="pip install 'edgewarden[grpc]'")
     options = {
+        "--log-level": log_level,
         "--runtime": inference.runtime,
         "--threads": inference.threads,
         "--instances": inference.instances,
@@ -614,14 +750,9 @@ def _trials(settings: AgentSettings) -> TrialChild:
     )
 
 
-def _listening_sockets(settings: AgentSettings) -> ListeningSockets:
+def listening_sockets(settings: AgentSettings) -> ListeningSockets:
+    """Take systemd's sockets over, or open those that are set; raise `CannotListen`."""
     if inherited := ListeningSockets.from_systemd(os.environ, os.getpid()):
         return inherited
     unix, http = settings.inference.unix, settings.inference.http
     return ListeningSockets.open(unix=Path(unix) if unix else None, tcp=parse_tcp(http) if http else None)
-
-
-def _scratch() -> Path:
-    """Return a fresh folder for throw-away copies, in memory where the machine has such a place."""
-    in_memory = IN_MEMORY if os.access(IN_MEMORY, os.W_OK) else None
-    return Path(tempfile.mkdtemp(prefix="edgewarden-", dir=in_memory))

@@ -55,6 +55,7 @@ class Desires:
 
     def arrived(self, payload: bytes, now: int) -> None:
         """Take a message; an older one that still waits is forgotten, since each is the full desired state."""
+        log.info("a desired state arrived: %d bytes", len(payload))
         self._pending, self._failures, self._due = payload, 0, now
         self.tick(now)
 

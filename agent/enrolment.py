@@ -3,8 +3,8 @@
 The token, carried by people, pins two things: the key of the server's CA and the first root of the Image repository.
 So the story is: fetch the CA over TLS that nobody vouches for, compare it with the pin, and say everything else over
 TLS verified against that CA. The secret leaves this device only after the comparison. What comes back is compared
-again before it is stored. Every step may be repeated: the key stays the same, and the folder counts as enrolled only
-when all of it is stored.
+again before it is stored. Every step may be repeated: the new key stays the same until its certificate is stored, and
+what the device was before counts until all of the new is stored.
 """
 
 import logging
@@ -29,13 +29,13 @@ def enrol(
     _check_device(device)
     if credentials.enrolled() and not force:
         raise Trouble(
-            "this device is already enrolled", remedy="Say --force to replace its certificate; the key is kept"
+            "this device is already enrolled",
+            remedy="Say --force to enrol it anew with a new key; an operator must have opened its id for that",
         )
-    ca = server.ca()
-    _check_ca(ca, pins, credentials)
+    ca = _pinned(server.ca(), pins, credentials)
     request = EnrolRequest(token_id=pins.id, secret=pins.secret, device=device, csr=credentials.request(device))
     response = server.enrol(request, ca)
-    _check_ca(response.ca, pins, credentials)
+    _pinned(response.ca, pins, credentials)
     _check_image_root(response, pins)
     credentials.accept(device, server.url, response)
     log.info("enrolled as %s at %s", device, server.url)
@@ -56,9 +56,12 @@ def _check_device(device: str) -> None:
         raise Trouble(str(error), remedy="Choose a lower-case name of letters, digits and hyphens") from error
 
 
-def _check_ca(ca: str, pins: EnrolmentToken, credentials: Credentials) -> None:
-    if credentials.key_pin(ca) != pins.ca_key_sha256:
+def _pinned(ca: str, pins: EnrolmentToken, credentials: Credentials) -> str:
+    """Return the CA that the token names, alone: whoever is in between could have put one of their own beside it."""
+    pinned = credentials.pinned(ca, pins.ca_key_sha256)
+    if pinned is None:
         raise Trouble("the server's CA is not the one that the token names", remedy=_INTERCEPTED)
+    return pinned
 
 
 def _check_image_root(response: EnrolResponse, pins: EnrolmentToken) -> None:

@@ -76,6 +76,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     dropped_reports: int
     data_plane: int | None = None  # process id
     hold_until: int = 0  # UTC ms; 0: nothing holds
+    certificate_expires: int = 0  # UTC ms
+    shut_out: str = ""  # what the fleet server said when it refused this device
+    trouble: str = ""  # what a person on this device must see to, with its remedy
     models: tuple[ModelStatus, ...] = ()
 
 

@@ -134,6 +134,12 @@ def _status_lines(status: Status) -> list[str]:
         f"fleet       {server}; {spooled}" + (f", {status.dropped_reports} dropped" * bool(status.dropped_reports)),
         f"data plane  {plane}",
     ]
+    if status.trouble:
+        lines.append(f"trouble     {status.trouble}")
+    if status.certificate_expires:
+        lines.append(f"certificate until {_time(status.certificate_expires)}")
+    if status.shut_out:
+        lines.append(f"SHUT OUT    the fleet server refuses this device, which serves on: {status.shut_out}")
     if status.hold_until:
         lines.append(f"updates     held until {_time(status.hold_until)}")
     for one in status.models:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from agent.channel import STABLE, Answer, Govern, Order, Shadow, TrialVerdict
+from agent.core.commands import Ledger
 from agent.core.deployment import Deployment
 from agent.core.facts import DeviceFacts as DeviceFacts
 from agent.core.facts import Target as Target
@@ -18,15 +19,17 @@ from agent.core.facts import VerifiedDesire as VerifiedDesire
 from agent.core.governor import Readings
 from agent.core.rungs import Rung
 from agent.local_api import Step
-from protocol.device_api import EnrolRequest, EnrolResponse
+from protocol.commands import Command
+from protocol.device_api import EnrolRequest, EnrolResponse, RenewRequest, RenewResponse, Standing
 from protocol.manifest import Manifest
 from protocol.messages import DesiredState, Resources
-from protocol.states import DeploymentState, EventKind, RejectReason
+from protocol.states import CommandOutcome, DeploymentState, EventKind, RejectReason
 
 T = TypeVar("T")
 
-TELEMETRY = "telemetry"  # the two streams of the spool; each numbers its records from 1
+TELEMETRY = "telemetry"  # the streams of the spool; each numbers its records from 1
 EVENTS = "events"
+REPLIES = "replies"
 
 
 # ---------------------------------------------------------------- errors
@@ -64,6 +67,10 @@ class Trouble(AgentError):
         """Say what is wrong and what to do."""
         super().__init__(message + (f". {remedy}" if remedy else ""))
         self.remedy = remedy
+
+
+class ShutOut(AgentError):
+    """The server does not take this device for a member, or no longer: its operator must act. The text is its own."""
 
 
 # ---------------------------------------------------------------- facts
@@ -153,8 +160,14 @@ class Downloads(Protocol):
         or 404/410 as UNREACHABLE), and `Weather` when cancelled.
         """
 
+    def has_room(self, target: Target) -> bool:
+        """Tell whether the disk has room for a bundle, downloaded and extracted."""
+
     def discard(self, sha256: str) -> None:
         """Remove what is left of a download."""
+
+    def collect(self, keep: Sequence[str]) -> None:
+        """Remove what is left of all downloads but these (SHA-256); none may be running."""
 
 
 class ModelStore(Protocol):
@@ -170,7 +183,10 @@ class ModelStore(Protocol):
         """Keep what was measured of a stored bundle, beside it."""
 
     def find(self, digest: str) -> StoredModel | None:
-        """Return a stored bundle whose every member still has its hash, or None (a damaged one is removed)."""
+        """Return a stored bundle whose every member still has its hash, or None.
+
+        A damaged one is removed; one that the disk does not let us read now stays.
+        """
 
     def active(self) -> Mapping[str, str]:
         """Return {model: digest} of the active pointer."""
@@ -229,7 +245,7 @@ class DataPlane(Protocol):
 
 
 class Spool(Protocol):
-    """The on-disk queue of records the server has not acknowledged. Two streams: telemetry and events."""
+    """The on-disk queue of records the server has not acknowledged. Streams: telemetry, events and replies."""
 
     @property
     def id(self) -> str: ...
@@ -275,6 +291,58 @@ class Sensors(Protocol):
 
     def read(self) -> Readings:
         """Return what is true now (may block for a moment); what the machine cannot tell is None."""
+
+
+class CommandTrust(Protocol):
+    """Who may command this device."""
+
+    def open(self, payload: bytes, at: int) -> Command:
+        """Return a command signed by the threshold of the Director's targets keys; raise `Refusal`.
+
+        ``at``: UTC ms. BAD_SIGNATURE, MALFORMED, or EXPIRED when the root that names the keys is past its life.
+        """
+
+
+class CommandMemory(Protocol):
+    """What is remembered of commands."""
+
+    def load(self) -> Ledger: ...
+    def save(self, ledger: Ledger) -> None:
+        """Store the ledger durably before this returns; raise `Trouble`."""
+
+
+class CommandedPlane(Protocol):
+    """What commands ask of the supervisor; answers come back as events."""
+
+    @property
+    def pid(self) -> int | None:
+        """Return the process id of the data plane that serves, if one lives."""
+
+    def self_test(self, ticket: int, model: str) -> None:
+        """Have the golden samples run where a model serves; `SelfTested` with this ticket follows."""
+
+    def restart_planned(self) -> None:
+        """Replace the data plane without losing a request; a planned `DataPlaneExit` of the old one follows."""
+
+
+class RenewNow(Protocol):
+    """Renews this device's certificate when it is asked to."""
+
+    def renew_now(self) -> None:
+        """Renew as soon as may be, whatever the certificate's age."""
+
+
+class Replies(Protocol):
+    """Where the outcome of commands is told; the record reaches the server some day."""
+
+    @property
+    def replies_waiting(self) -> int:
+        """Return how many replies the server has still to take."""
+
+    def reply(
+        self, *, command: str, outcome: CommandOutcome, reason: RejectReason | None = None, detail: str = ""
+    ) -> None:
+        """Spool a reply durably; raise `Trouble`."""
 
 
 class Governed(Protocol):
@@ -357,10 +425,26 @@ class Credentials(Protocol):
         """Tell whether an earlier enrolment was completed."""
 
     def request(self, device: str) -> str:
-        """Return a CSR (PEM) for the device's key; the key is made first if there is none, and never replaced."""
+        """Return a CSR (PEM) for this device's next key, which is made if there is none and kept until accepted."""
 
-    def key_pin(self, certificate: str) -> str:
-        """Return the SHA-256 (hex) of a certificate's public key, as enrolment tokens carry it."""
+    def pinned(self, ca: str, pin: str) -> str | None:
+        """Return, of several CAs (PEM), the one whose public key has this SHA-256 (hex), as tokens carry it."""
+
+    def holds(self, ca: str) -> bool:
+        """Tell whether these CAs (PEM) are the ones that this device trusts."""
 
     def accept(self, device: str, server: str, response: EnrolResponse) -> None:
-        """Check that the certificate is for this device and its key, and from that CA; store everything durably."""
+        """Check that the certificate is for this device and its next key, from that CA; store all in one step."""
+
+    def renew(self, response: RenewResponse) -> None:
+        """Check and store the next certificate as `accept` does; the rest of the identity stays."""
+
+
+class MembershipServer(Protocol):
+    """What the server tells a device of itself. Errors: `Weather`, `ShutOut`, `Trouble`."""
+
+    def standing(self) -> Standing:
+        """Ask whether this device is a member, and which CAs are in force (blocking)."""
+
+    def renew(self, request: RenewRequest) -> RenewResponse:
+        """Ask for the next certificate (blocking)."""

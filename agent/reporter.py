@@ -14,10 +14,10 @@ import msgspec
 from agent.channel import StatisticsDelta
 from agent.core.merging import fits, split
 from agent.core.windows import Windows
-from agent.ports import EVENTS, TELEMETRY, Host, Spool, Trouble, Uplink
+from agent.ports import EVENTS, REPLIES, TELEMETRY, Host, Spool, Trouble, Uplink
 from protocol.codec import DEFLATE_1, encode
-from protocol.messages import Acknowledgement, Event, Report, ServerState, Window
-from protocol.states import DeploymentState, EventKind, RejectReason
+from protocol.messages import Acknowledgement, Event, Reply, Report, ServerState, Window
+from protocol.states import CommandOutcome, DeploymentState, EventKind, RejectReason
 from protocol.statistics import TruthStatistics
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,12 @@ class Reporter:
         data_plane_pid: Callable[[], int | None] = lambda: None,
         codec: int = DEFLATE_1,
         patience: float = PATIENCE,
+        troubled: Callable[[Trouble], None] = lambda _: None,
     ) -> None:
-        """``now``: UTC ms; ``monotonic``: seconds that never go back; ``codec``: one the server can read."""
+        """``now``: UTC ms; ``monotonic``: seconds that never go back; ``codec``: one the server can read.
+
+        ``troubled`` hears of a disk that refuses, each time.
+        """
         self._spool = spool
         self._uplink = uplink
         self._host = host
@@ -55,10 +59,15 @@ class Reporter:
         self._monotonic = monotonic
         self._data_plane_pid = data_plane_pid
         self._codec = codec
+        self._troubled = troubled
         self._default_length = windows.length
         self._first_patience = self._patience = patience
         self._server = ServerState(up=False, epoch="")
-        self._unanswered: dict[str, dict[int, float]] = {EVENTS: {}, TELEMETRY: {}}  # number -> when published
+        self._unanswered: dict[str, dict[int, float]] = {
+            REPLIES: {},
+            EVENTS: {},
+            TELEMETRY: {},
+        }  # number -> when published
         self._pending: list[Report | Event] = []  # what the disk has refused so far
         self._drops_told = spool.dropped()
         self._drops_in_event = False  # told already since the server last took a report
@@ -97,6 +106,33 @@ class Reporter:
         self._store([event])
         self.publish()
 
+    def reply(
+        self, *, command: str, outcome: CommandOutcome, reason: RejectReason | None = None, detail: str = ""
+    ) -> None:
+        """Spool a reply and send it before everything else (`agent.ports.Replies`). Raises `Trouble`."""
+        reply = Reply(
+            spool=self._spool.id,
+            sequence=0,
+            at=self._now(),
+            command=command,
+            outcome=outcome,
+            reason=reason,
+            detail=detail[:MAX_DETAIL],
+        )
+        replace = msgspec.structs.replace
+        self._spool.append(REPLIES, lambda number: encode(replace(reply, sequence=number), codec=self._codec))
+        self.publish()
+
+    @property
+    def replies_waiting(self) -> int:
+        """Return how many replies the server has still to take."""
+        return self._spool.depth(REPLIES)
+
+    def spool_moved(self) -> None:
+        """The spool goes on in another file: what stands there was never sent by this process."""
+        self._drops_told = self._spool.dropped()
+        self._send_all_again()
+
     def set_window(self, seconds: int | None) -> None:
         """Take the window length the fleet asks for; None: the device's own."""
         self._windows.set_length(self._default_length if seconds is None else seconds * 1000)
@@ -134,19 +170,20 @@ class Reporter:
             return
         self._answered(TELEMETRY, acknowledgement.telemetry, acknowledgement.missing_telemetry)
         self._answered(EVENTS, acknowledgement.events, acknowledgement.missing_events)
+        self._answered(REPLIES, acknowledgement.replies, acknowledgement.missing_replies)
         self.publish()
 
     def publish(self) -> None:
-        """Hand records to the uplink until its window is full: events first, then telemetry."""
+        """Hand records to the uplink until its window is full: replies first, then events, then telemetry."""
         if not (self._server.up and self._uplink.connected):
             return
         try:
-            for stream in (EVENTS, TELEMETRY):
+            for stream in (REPLIES, EVENTS, TELEMETRY):
                 self._repeat_unanswered(stream)
                 if not self._publish_stream(stream):
                     break
         except Trouble as trouble:
-            log.error("cannot publish: %s", trouble)
+            self._hear(trouble, "nothing is published")
 
     @property
     def server_up(self) -> bool:
@@ -178,10 +215,15 @@ class Reporter:
                 self._append(self._pending[0])
                 del self._pending[0]
         except Trouble as trouble:
-            log.error("%d records wait in memory: %s", len(self._pending), trouble)
             del self._pending[:-MAX_PENDING]
+            self._hear(trouble, f"{len(self._pending)} records wait in memory")
+
+    def _hear(self, trouble: Trouble, what: str) -> None:
+        log.error("%s: %s", what, trouble)
+        self._troubled(trouble)
 
     def _append(self, record: Report | Event) -> None:
+        record = msgspec.structs.replace(record, spool=self._spool.id)  # it may have waited for another disk
         replace = msgspec.structs.replace
         if isinstance(record, Event):
             self._spool.append(EVENTS, lambda number: encode(replace(record, sequence=number), codec=self._codec))
@@ -215,7 +257,7 @@ class Reporter:
         try:
             dropped = self._spool.acknowledge(stream, upto, missing)
         except Trouble as trouble:
-            log.error("cannot drop acknowledged records: %s", trouble)
+            self._hear(trouble, "acknowledged records stay")
             return
         waiting = self._unanswered[stream]
         self._unanswered[stream] = {n: at for n, at in waiting.items() if n > upto and not _within(n, missing)}

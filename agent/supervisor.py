@@ -22,6 +22,7 @@ from agent.channel import (
     Govern,
     Hung,
     Open,
+    Opened,
     Ready,
     Refused,
     SelfTest,
@@ -244,6 +245,9 @@ class Supervisor:
                 plane.ready = answer
                 self._brief(plane)
                 return
+            case Opened():
+                self._on_opened(plane)
+                return
             case Serving() | Refused():
                 self._on_loaded(plane, answer)
             case Hung():
@@ -265,10 +269,15 @@ class Supervisor:
         plane.open = True
         self._agenda.absolve()
         plane.send(Open())
-        if plane is self._successor:
-            self._take_over(plane)
         self._send_held()
         self._spare.stir()
+
+    def _on_opened(self, plane: Plane) -> None:
+        """Only now may the one before it go: until here it alone held what is not inherited, such as gRPC's port."""
+        if plane is self._successor:
+            self._take_over(plane)
+            self._send_held()
+            self._spare.stir()
 
     def _on_end(self, plane: Plane, returncode: int) -> None:
         planned = plane.draining and returncode == 0

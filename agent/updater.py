@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 DOWNLOAD_BACK_OFF = BackOff(first=2.0, ceiling=900.0)  # seconds, after a download that the weather stopped
 LOOK_AGAIN_SECONDS = 60.0  # while an update is held; a hold may end early, a clock may jump
+DISK_SECONDS = 5.0  # after the disk refused a step; nothing goes on before the step is on it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +79,12 @@ class Updater:
         monotonic: Callable[[], float],
         verdicts: Verdicts,
         calm: Calm,
+        troubled: Callable[[Trouble], None] = lambda _: None,
     ) -> None:
-        """``changed`` is called after each transition; ``random`` gives numbers in [0, 1); ``monotonic`` seconds."""
+        """``changed`` is called after each transition; ``random`` gives numbers in [0, 1); ``monotonic`` seconds.
+
+        ``troubled`` hears of a disk that refuses a step, each time that it is tried.
+        """
         self._facts = facts
         self._deployments = deployments
         self._store = store
@@ -93,7 +98,9 @@ class Updater:
         self._monotonic = monotonic
         self._verdicts = verdicts
         self._calm = calm
+        self._troubled = troubled
         self._records: dict[str, Deployment] = {}
+        self._on_disk: dict[str, Deployment] = {}
         self._wanted: dict[str, Target] | None = None
         self._ticket = 0
         self._tickets: dict[str, int] = {}
@@ -104,17 +111,21 @@ class Updater:
     # ------------------------------------------------------------ what the daemon tells
     def start(self, now: int) -> None:
         """Serve what served before, then go on where each model stood."""
-        self._records = dict(self._deployments.load())
+        self._on_disk = dict(self._deployments.load())
+        self._records = dict(self._on_disk)
         self._adopt_active()
-        for model, digest in dict(self._store.active()).items():
+        for model, digest in {**self._served_before(), **self._store.active()}.items():
             if stored := self._store.find(digest):
                 self._plane.serve(0, stored)
             else:
                 self._lost_from_store(model, digest)
         for model in sorted(self._records):
-            before = self._records[model]
-            record, effect = deployment.resume(before, self._store.active().get(model), now)
-            self._enter(record, effect, now, announce=before.state is not record.state)
+            self._insist(model, partial(self._resume, model), now)
+
+    def _resume(self, model: str, now: int) -> None:
+        before = self._records[model]
+        record, effect = deployment.resume(before, self._store.active().get(model), now)
+        self._enter(record, effect, now, announce=before.state is not record.state)
 
     def want(self, desire: VerifiedDesire, now: int) -> None:
         """Pursue a verified desired state."""
@@ -124,10 +135,10 @@ class Updater:
     def tick(self, now: int) -> None:
         """Run what is due: verdicts, downloads to try again, updates that were held, models whose turn has come."""
         while due := [model for model, one in self._due.items() if one.at <= self._monotonic()]:
-            self._due.pop(due[0]).action(now)
+            self._insist(due[0], self._due.pop(due[0]).action, now)
         for record in self.records():
             if happened := self._verdicts.judge(record):
-                self._feed(record.model, happened, now)
+                self._insist(record.model, partial(self._feed, record.model, happened), now)
         self._pursue(now)
 
     def plane_serves(self, answer: Serving, now: int) -> None:
@@ -136,6 +147,11 @@ class Updater:
             return
         if answer.alias == CANDIDATE:
             self._verdicts.candidate_serves(answer, self._records[answer.model])
+            return
+        self._insist(answer.model, partial(self._point_to, answer), now)
+
+    def _point_to(self, answer: Serving, now: int) -> None:
+        if self._tickets.get(answer.model) != answer.ticket:
             return
         self._store.activate(answer.model, answer.digest)
         reverting = self._records[answer.model].state is DeploymentState.ROLLING_BACK
@@ -157,7 +173,8 @@ class Updater:
             return
         reverting = self._records[answer.model].state is DeploymentState.ROLLING_BACK
         event = Event.REVERT_FAILED if reverting else Event.SWAP_REFUSED
-        self._feed(answer.model, Happened(event=event, reason=RejectReason.SWAP_FAILED, detail=answer.reason), now)
+        happened = Happened(event=event, reason=RejectReason.SWAP_FAILED, detail=answer.reason)
+        self._insist(answer.model, partial(self._feed, answer.model, happened), now)
 
     def plane_withdrew(self, answer: Withdrawn, now: int) -> None:
         """The data plane serves a model no more."""
@@ -174,7 +191,7 @@ class Updater:
         )
         for model, record in list(self._records.items()):
             if record.state in touched:
-                self._feed(model, Happened(event=Event.PLANE_DIED), now)
+                self._insist(model, partial(self._feed, model, Happened(event=Event.PLANE_DIED)), now)
 
     def take_back(self, model: str, now: int) -> str:
         """Go back to an earlier version, as a person at this device wants; return what will serve.
@@ -204,10 +221,18 @@ class Updater:
         for model in sorted({*self._wanted, *self._records}):
             record = self._records.get(model, Deployment(model=model))
             target = self._wanted.get(model)
-            if target is None:
-                self._withdraw(record, now)
-            elif deployment.should_pursue(record, target, now) and self._may_start(record):
-                self._feed(model, Happened(event=Event.ASSIGNED, target=target), now)
+            try:
+                if target is None:
+                    self._withdraw(record, now)
+                elif self._is_news(record, target, now) and self._may_start(record):
+                    self._feed(model, Happened(event=Event.ASSIGNED, target=target), now)
+            except Trouble as trouble:  # it is news again at the next tick
+                self._troubled(trouble)
+
+    def _is_news(self, record: Deployment, target: Target, now: int) -> bool:
+        if deployment.waits_for_room(record, target, now):
+            return self._downloads.has_room(target)
+        return deployment.should_pursue(record, target, now)
 
     def _withdraw(self, record: Deployment, now: int) -> None:
         if record.state is not DeploymentState.IDLE and record.state not in deployment.UNDIVIDED:
@@ -224,9 +249,19 @@ class Updater:
         record, effect = deployment.advance(before, happened, now)
         self._enter(record, effect, now, announce=before.state is not record.state)
 
+    def _insist(self, model: str, act: Callable[[int], None], now: int) -> None:
+        """Do what the disk may refuse, again until it is done: a step that is not on the disk has not happened."""
+        try:
+            act(now)
+        except Trouble as trouble:
+            self._troubled(trouble)
+            again = _Due(at=self._monotonic() + DISK_SECONDS, action=act)
+            self._due.setdefault(model, again)
+
     def _enter(self, record: Deployment, effect: Effect, now: int, *, announce: bool = False) -> None:
-        self._deployments.save(record)
-        self._records[record.model] = record
+        if record != self._on_disk.get(record.model):  # a start that changes nothing writes nothing
+            self._deployments.save(record)
+        self._on_disk[record.model] = self._records[record.model] = record
         if announce:
             self._tell(record)
         self._ticket += 1
@@ -234,8 +269,12 @@ class Updater:
         self._due.pop(record.model, None)
         self._held.pop(record.model, None)
         self._forget_what_ended(record)
-        self._effects[effect](self, record, self._ticket, now)
+        self._insist(record.model, partial(self._perform, record, effect, self._ticket), now)
         self._changed()
+
+    def _perform(self, record: Deployment, effect: Effect, ticket: int, now: int) -> None:
+        if self._tickets[record.model] == ticket:
+            self._effects[effect](self, record, ticket, now)
 
     def _forget_what_ended(self, record: Deployment) -> None:
         """A candidate that will not serve is withdrawn; one that serves was promoted by the swap."""
@@ -272,9 +311,6 @@ class Updater:
         self._due[model] = _Due(at=0.0, action=lambda now: self._feed(model, happened, now))
 
     # ------------------------------------------------------------ the effects
-    def _rest(self, record: Deployment, ticket: int, now: int) -> None:
-        """Wait for an assignment."""
-
     def _admit(self, record: Deployment, ticket: int, now: int) -> None:
         del now
         target = _target_of(record)
@@ -356,7 +392,7 @@ class Updater:
             if verdict.ladder:
                 self._store.note_rungs(target.sha256, verdict.ladder)
             if best := rungs.choose(verdict.ladder):
-                detail += f"; fastest here is {rungs.name(best)}, {best.p50_us} us"
+                detail += f"; runs as {rungs.name(best)}; measured: {rungs.summary(verdict.ladder)}"
             return Happened(event=Event.PASSED, detail=detail)
 
         self._run(record, ticket, try_it)
@@ -401,6 +437,7 @@ class Updater:
         if not any(other.state in IN_FLIGHT for other in self._records.values()):
             keep = self._worth_keeping()
             self._store.collect(sorted(keep))
+            self._downloads.collect(sorted(self._worth_resuming()))
             self._verdicts.keep_only(keep)
 
     def _start_over(self, record: Deployment, ticket: int, now: int) -> None:
@@ -409,12 +446,11 @@ class Updater:
         log.info("%s is superseded", record.model)
 
     def _remove(self, record: Deployment, ticket: int, now: int) -> None:
-        del now
         self._store.activate(record.model, None)
         self._plane.withdraw(ticket, record.model)
+        self._tidy(record, ticket, now)
 
     _effects = {  # noqa: RUF012 - the one table from the machine's effects to the methods above; never changed
-        Effect.REST: _rest,
         Effect.ADMIT: _admit,
         Effect.DOWNLOAD: _download,
         Effect.DOWNLOAD_LATER: _download_later,
@@ -439,6 +475,12 @@ class Updater:
             keep |= {record.target.sha256} if record.target else set()
         return keep
 
+    def _worth_resuming(self) -> set[str]:
+        """What a download may bring yet. Of a target that was superseded nothing is left but this."""
+        wanted = (self._wanted or {}).values()
+        targets = (record.target for record in self._records.values())
+        return {target.sha256 for target in (*wanted, *targets) if target}
+
     def _adopt_active(self) -> None:
         """A pointer without a record (its file was lost) still names a verified model: it counts as committed."""
         for model, digest in self._store.active().items():
@@ -453,6 +495,25 @@ class Updater:
                     factory=version,
                 )
 
+    def _served_before(self) -> dict[str, str]:
+        """A record without a pointer (its file was lost) still names what served, and the pointer is made again."""
+        pointed = self._store.active()
+        served = {
+            model: record.serving.digest
+            for model, record in self._records.items()
+            if record.serving and model not in pointed and self._store.find(record.serving.digest)
+        }
+        for model, digest in served.items():
+            self._keep_pointer(model, digest)
+        return served
+
+    def _keep_pointer(self, model: str, digest: str | None) -> None:
+        """What serves does not wait for the disk; the next start finds out anew."""
+        try:
+            self._store.activate(model, digest)
+        except Trouble as trouble:
+            self._troubled(trouble)
+
     def _is_intact(self, digest: str) -> bool:
         return self._store.find(digest) is not None
 
@@ -461,7 +522,7 @@ class Updater:
         record = self._records.get(model, Deployment(model=model))
         earlier = deployment.fall_back(record, self._is_intact)
         stored = self._store.find(earlier.digest) if earlier else None
-        self._store.activate(model, stored.digest if stored else None)
+        self._keep_pointer(model, stored.digest if stored else None)
         if stored:
             self._plane.serve(0, stored)
         self._records[model] = Deployment(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from securesystemslib.signer import CryptoSigner
@@ -23,6 +24,7 @@ from fleet_server.adapters.director import OnlineDirector
 from fleet_server.adapters.online_keys import OnlineSigners
 from fleet_server.ports import Assigned, PublishedBundle
 from protocol.codec import decode_desired_state, encode
+from protocol.commands import PAYLOAD_TYPE, Command, encode_command
 from protocol.messages import DesiredState
 from protocol.release import Assignment, DeviceConfig, bundle_path, from_custom, is_bundle_path, to_custom
 from protocol.topics import Channel, device_topic
@@ -78,27 +80,90 @@ class StolenServer:
                 path.write_bytes(original)
 
     @contextmanager
-    def forged_release(self, model: str, version: int) -> Iterator[PublishedBundle]:
+    def forged_release(self, model: str, version: int, key: Path | None = None) -> Iterator[PublishedBundle]:
         """Name a bundle, genuine but for its version, in the Image repository, by a key the root does not know.
 
         Snapshot and timestamp are signed properly, for those keys were stolen; the files are put back afterwards.
+        ``key``: the PEM of a stolen release key instead.
         """
-        folder = self.data / "image" / "metadata"
-        genuine = _released(_newest_targets(folder), model, version)
-        release = msgspec.structs.replace(genuine.release, version=ROGUE_VERSION)
-        rogue = replace(genuine, release=release, path=bundle_path(release))
+        rogue = self.unreleased(model, version)
+        with self.image_files() as folder:
+            timestamp, snapshot, targets = (
+                _newest_timestamp(folder),
+                _newest_snapshot(folder),
+                _newest_targets(folder),
+            )
+            custom: dict[str, Any] = {"release": to_custom(rogue.release)}
+            named = TargetFile(rogue.length, {"sha256": rogue.sha256}, rogue.path, {"custom": custom})
+            targets.targets[rogue.path] = named
+            targets.version += 1
+            metadata = Metadata(targets)
+            metadata.sign(_signer(key) if key else CryptoSigner.generate_ed25519())
+            _lead_to(folder, self._online_image(), metadata.to_bytes(), snapshot, timestamp)
+            yield rogue
+
+    @contextmanager
+    def image_files(self) -> Iterator[Path]:
+        """Give the folder of the Image repository's metadata to change at will; put back afterwards."""
+        folder = self._image_folder()
         before = {path: path.read_bytes() for path in folder.glob("*.json")}
         try:
-            _forge(folder, OnlineSigners(self.data / "image", (Snapshot.type, Timestamp.type)), rogue)
-            yield rogue
+            yield folder
         finally:
             _put_back(folder, before)
 
+    def read_image(self) -> dict[str, bytes]:
+        """Return the Image repository's metadata as it is now, by file name."""
+        return {path.name: path.read_bytes() for path in self._image_folder().glob("*.json")}
+
+    @contextmanager
+    def mixed_image(self, older: bytes) -> Iterator[None]:
+        """Lead to older targets, which are genuine, as if they were the newest."""
+        with self.image_files() as folder:
+            _lead_to(folder, self._online_image(), older, _newest_snapshot(folder), _newest_timestamp(folder))
+            yield
+
+    @contextmanager
+    def frozen_image(self) -> Iterator[None]:
+        """Show a timestamp whose life is over, as it is when the newest one is held back for long enough."""
+        with self.image_files() as folder:
+            timestamp = _newest_timestamp(folder)
+            timestamp.version += 1
+            timestamp.expires = datetime.now(timezone.utc).replace(microsecond=0) - timedelta(days=1)
+            (folder / "timestamp.json").write_bytes(self._online_image().sign(timestamp))
+            yield
+
+    def released(self, model: str, version: int) -> PublishedBundle:
+        """Return a bundle that the release team released."""
+        return _released(_newest_targets(self._image_folder()), model, version)
+
+    def unreleased(self, model: str, version: int) -> PublishedBundle:
+        """Return a bundle that is genuine but for its version, which nobody released."""
+        genuine = self.released(model, version)
+        release = msgspec.structs.replace(genuine.release, version=ROGUE_VERSION)
+        return replace(genuine, release=release, path=bundle_path(release))
+
+    # ------------------------------------------------------------ the online keys
     def sign_want(self, device: str, version: int, bundles: list[PublishedBundle], now: int) -> bytes:
         """Sign a desired state with the stolen Director keys."""
-        director = OnlineDirector(self.data / "director")
-        assigned = [Assigned(bundle=bundle, assignment=Assignment(rollout="stolen")) for bundle in bundles]
-        return encode(director.sign(device, version, assigned, DeviceConfig(), now).message())
+        return _want(OnlineDirector(self.data / "director"), device, version, bundles, now)
+
+    def sign_command(self, command: Command) -> bytes:
+        """Sign a command with the stolen Director key."""
+        signers = OnlineSigners(self.data / "director", (Targets.type,))
+        return encode(signers.envelope(Targets.type, encode_command(command), PAYLOAD_TYPE))
+
+    def send_command(self, device: str, payload: bytes) -> None:
+        """Put a command, whatever it is."""
+        with self._broker() as client:
+            topic = device_topic(device, Channel.COMMAND)
+            client.publish(topic, payload, qos=1).wait_for_publish(ANSWER_SECONDS)
+
+    def _image_folder(self) -> Path:
+        return self.data / "image" / "metadata"
+
+    def _online_image(self) -> OnlineSigners:
+        return OnlineSigners(self.data / "image", (Snapshot.type, Timestamp.type))
 
     @contextmanager
     def _broker(self) -> Iterator[Client]:
@@ -130,21 +195,34 @@ def director_version_of(payload: bytes) -> int:
     return Metadata[Targets].from_bytes(message.targets).signed.version
 
 
-def _forge(folder: Path, stolen: OnlineSigners, rogue: PublishedBundle) -> None:
-    """Write targets n+1 signed by a key made up here, and snapshot and timestamp that lead to it."""
-    timestamp, snapshot, targets = _newest_timestamp(folder), _newest_snapshot(folder), _newest_targets(folder)
-    custom: dict[str, Any] = {"release": to_custom(rogue.release)}
-    targets.targets[rogue.path] = TargetFile(rogue.length, {"sha256": rogue.sha256}, rogue.path, {"custom": custom})
-    targets.version += 1
-    metadata = Metadata(targets)
-    metadata.sign(CryptoSigner.generate_ed25519())
+def sign_as_stranger(device: str, version: int, folder: Path, now: int) -> bytes:
+    """Sign a desired state with keys that no root names; they are made in ``folder``."""
+    return _want(OnlineDirector(folder), device, version, [], now)
+
+
+def mix(newest: bytes, older: bytes) -> bytes:
+    """Put the targets of an older desired state under the snapshot and timestamp of the newest one."""
+    return encode(msgspec.structs.replace(decode_desired_state(newest), targets=decode_desired_state(older).targets))
+
+
+def _want(director: OnlineDirector, device: str, version: int, bundles: list[PublishedBundle], now: int) -> bytes:
+    assigned = [Assigned(bundle=bundle, assignment=Assignment(rollout="stolen")) for bundle in bundles]
+    return encode(director.sign(device, version, assigned, DeviceConfig(), now).message())
+
+
+def _lead_to(folder: Path, stolen: OnlineSigners, targets: bytes, snapshot: Snapshot, timestamp: Timestamp) -> None:
+    """Write snapshot and timestamp, properly signed, that name these bytes as the next targets."""
     expires = datetime.now(timezone.utc).replace(microsecond=0) + timedelta(days=7)
-    meta = {"targets.json": MetaFile(targets.version)}
-    lure = Snapshot(version=snapshot.version + 1, expires=expires, meta=meta)
+    number = snapshot.meta["targets.json"].version + 1
+    lure = Snapshot(version=snapshot.version + 1, expires=expires, meta={"targets.json": MetaFile(number)})
     lead = Timestamp(version=timestamp.version + 1, expires=expires, snapshot_meta=MetaFile(lure.version))
-    (folder / f"{targets.version}.targets.json").write_bytes(metadata.to_bytes())
+    (folder / f"{number}.targets.json").write_bytes(targets)
     (folder / f"{lure.version}.snapshot.json").write_bytes(stolen.sign(lure))
     (folder / "timestamp.json").write_bytes(stolen.sign(lead))
+
+
+def _signer(key: Path) -> CryptoSigner:
+    return CryptoSigner(load_pem_private_key(key.read_bytes(), password=None))
 
 
 def _newest_timestamp(folder: Path) -> Timestamp:

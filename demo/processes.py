@@ -9,8 +9,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 STOP_SECONDS = 15.0  # the server drains its web, its ingest and its broker
 RESTART_SECONDS = 0.5
@@ -43,12 +45,14 @@ class Programs:
         self._watcher = threading.Thread(target=self._watch, name="watch programs", daemon=True)
         self._watcher.start()
 
-    def start(self, name: str, module: str, *arguments: str) -> Program:
-        """Start ``python -m module arguments…`` and keep it running."""
+    def start(
+        self, name: str, module: str, *arguments: str, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> Program:
+        """Start ``python -m module arguments…`` and keep it running; ``environment`` is added to ours."""
         program = Program(
             name=name,
             command=[sys.executable, "-m", module, *arguments],
-            environment={**os.environ, "PYTHONUNBUFFERED": "1"},
+            environment={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
             log=self._logs / f"{name}.log",
         )
         with self._lock:
@@ -65,6 +69,15 @@ class Programs:
     def kill(self, name: str, sig: signal.Signals = signal.SIGKILL) -> None:
         """Kill a program as a fault would; the watcher starts it again."""
         os.kill(self.pid(name), sig)
+
+    def stop(self, name: str) -> None:
+        """Ask a program to end, for good; kill it if it does not."""
+        with self._lock:
+            program = self._programs[name]
+            program.wanted = False
+            if program.process and program.process.poll() is None:
+                program.process.terminate()
+            _end(program, time.monotonic() + STOP_SECONDS)
 
     def stop_all(self) -> None:
         """Ask all programs to end, agents first, and kill what does not."""

@@ -12,9 +12,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import msgspec
@@ -100,9 +101,9 @@ class World:
             "127.0.0.1",
         )
 
-    def start_agent(self, name: str) -> None:
+    def start_agent(self, name: str, environment: Mapping[str, str] = MappingProxyType({})) -> None:
         """Start one device's agent."""
-        self.programs.start(name, "agent", "run", "--config", str(self.config(name)))
+        self.programs.start(name, "agent", "run", "--config", str(self.config(name)), environment=environment)
 
     def config(self, name: str) -> Path:
         """Return a device's settings file, written on first use."""
@@ -149,19 +150,19 @@ class World:
         """Run the operators' command line; return what it printed."""
         return self._command("fleet_server.cli", *arguments)
 
-    def enrol(self, name: str, token_file: Path) -> str:
-        """Run ``edgewarden-agent enroll`` for a device."""
+    def enrol(self, name: str, token_file: Path, *, server: str = "", config: Path | None = None) -> str:
+        """Run ``edgewarden-agent enroll`` for a device; ``server``: where it believes the fleet server to be."""
         return self._command(
             "agent",
             "enroll",
             "--server",
-            f"https://127.0.0.1:{self.ports.devices}",
+            server or f"https://127.0.0.1:{self.ports.devices}",
             "--token-file",
             str(token_file),
             "--device",
             name,
             "--config",
-            str(self.config(name)),
+            str(config or self.config(name)),
         )
 
     def local(self, name: str, command: str, *arguments: str) -> Any:

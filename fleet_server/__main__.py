@@ -8,8 +8,10 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import protocol
+from fleet_server import errands
 from fleet_server.config import BadConfig, ServerConfig, Settings, read_file, settle
 
 EXIT_CODES = "Exit codes: 0 ended on request, 1 could not start or ended by itself, 2 wrong command line or settings."
@@ -31,7 +33,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BadConfig as error:
         _say(f"error: {error}")
         return 2
-    return _serve(config)
+    if errands.is_one(parsed.command):
+        return errands.run(parsed, config)
+    return _ca(parsed, config) if parsed.command == "ca" else _serve(config)
+
+
+def _ca(parsed: argparse.Namespace, config: ServerConfig) -> int:
+    """Take a step of replacing the CA."""
+    import msgspec
+
+    from fleet_server.ca_rotation import run, sentences
+
+    try:
+        status = run(parsed.step, config, force=parsed.force)
+    except Exception as error:  # noqa: BLE001 - whatever hinders it, the operator is told in one sentence
+        _log.debug("no step was taken", exc_info=True)
+        _say(f"error: {error}")
+        return 1
+    if parsed.json:
+        sys.stdout.write(msgspec.json.encode(status).decode() + "\n")
+    else:
+        sys.stdout.writelines(line + "\n" for line in sentences(parsed.step, status))
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,10 +80,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     levels = ("debug", "info", "warning", "error")
     serve.add_argument("--log-level", default="info", choices=levels, help="how much is said on stderr")
+    _add_ca(commands)
+    errands.add_to(commands)
     return parser
 
 
+def _add_ca(commands: Any) -> None:
+    """Add ``ca`` (`argparse` does not name the type of what it adds to)."""
+    ca = commands.add_parser(
+        "ca",
+        description="Replace the CA that devices pin.",
+        help="replace the CA that devices pin",
+        epilog=EXIT_CODES,
+    )
+    does = "status: which CAs are in force, and who renewed; rotate: make the next CA; retire: end the first one"
+    ca.add_argument("step", choices=("status", "rotate", "retire"), metavar="STEP", help=does)
+    ca.add_argument("--data", metavar="DIR", help="folder of everything that lasts; no server may run on it")
+    ca.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML; flags override them")
+    ca.add_argument("--force", action="store_true", help="retire though some devices did not renew: they enrol anew")
+    ca.add_argument("--json", action="store_true", help="print one JSON object")
+    ca.add_argument(
+        "--log-level", default="warning", choices=("debug", "info", "warning", "error"), help="as for serve"
+    )
+
+
 def _flags(parsed: argparse.Namespace) -> Settings:
+    if parsed.command != "serve":
+        return Settings(data=parsed.data)
     return Settings(
         data=parsed.data,
         host=parsed.host,

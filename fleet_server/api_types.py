@@ -4,11 +4,17 @@ Frozen structs only. Times are UTC ms, durations µs. Bytes travel as base64. Er
 (`Problem`). A figure that people act on comes with its n and interval (`protocol.metrics.Proportion`).
 """
 
+from typing import Annotated
+
 import msgspec
 
+from fleet_server.core.access import Permission, Role
+from fleet_server.core.audit import Result
+from protocol.commands import MAX_LIFE_MS, Deed
 from protocol.messages import Resources
 from protocol.metrics import Proportion
-from protocol.states import DeploymentState, EventKind, PresenceState, RejectReason, Task
+from protocol.release import ShadowTerms
+from protocol.states import CommandState, DeploymentState, EventKind, PresenceState, RejectReason, Task
 
 API = "/api/v1"
 
@@ -27,6 +33,100 @@ class LoginRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     user: str
     password: str
+
+
+class PasswordRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /password: one's own."""
+
+    present: str
+    new: str
+
+
+class WhoAmI(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /whoami."""
+
+    user: str
+    role: Role
+    permissions: tuple[Permission, ...]
+    by: str  # session, or token:<id>
+
+
+class UserRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """POST /users; answers with `UserView`."""
+
+    name: str
+    password: str
+    role: Role
+
+
+class UserChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """PATCH /users/{name}; what is absent stays. DELETE removes the user."""
+
+    role: Role | None = None
+    disabled: bool | None = None
+    password: str | None = None
+
+
+class UserView(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /users and /users/{name}; the revision is the ETag."""
+
+    name: str
+    role: Role
+    disabled: bool
+    created_at: int
+    revision: int
+
+
+class ApiTokenRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """POST /api-tokens: a key for a program, which acts in one's own name."""
+
+    name: str
+    scopes: tuple[Permission, ...]
+    life_days: int = 90
+
+
+class ApiTokenCreated(msgspec.Struct, frozen=True, kw_only=True):
+    """The only time the token is shown."""
+
+    token: str
+    id: str
+    expires_at: int
+
+
+class ApiTokenView(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /api-tokens. DELETE /api-tokens/{id} revokes one."""
+
+    id: str
+    user: str
+    name: str
+    scopes: tuple[Permission, ...]
+    created_at: int
+    expires_at: int
+    last_used_at: int | None = None  # exact to a minute
+    revoked_at: int | None = None
+
+
+class AuditEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One act in the audit log; what the fields mean is in `core/audit.py`."""
+
+    sequence: int
+    at: int
+    who: str
+    by: str
+    address: str
+    action: str
+    about: str
+    result: Result
+    detail: str
+    previous: str
+    digest: str
+
+
+class AuditPage(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /audit. ``next`` is the ``before`` (or ``after``) of the page that follows; None on the last."""
+
+    entries: tuple[AuditEntry, ...]
+    next: int | None
 
 
 class Overview(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,6 +236,30 @@ class TokenCreated(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: int
 
 
+class RevokeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /devices/{id}/revoke."""
+
+
+class Revoked(msgspec.Struct, frozen=True, kw_only=True):
+    """What a revocation came to. HTTPS refuses the device from this answer on."""
+
+    device: str
+    cut: bool  # the broker has cut it off; else that follows when the broker can be reached
+
+
+class ReopenRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /devices/{id}/reopen: let an id that is taken enrol again, once."""
+
+    seconds: int = 3600
+
+
+class Reopened(msgspec.Struct, frozen=True, kw_only=True):
+    """Until when the id is open."""
+
+    device: str
+    open_until: int
+
+
 class ModelOnDevice(msgspec.Struct, frozen=True, kw_only=True):
     """One model on one device: wanted against running."""
 
@@ -145,6 +269,10 @@ class ModelOnDevice(msgspec.Struct, frozen=True, kw_only=True):
     running_digest: str | None
     state: DeploymentState
     reason: RejectReason | None = None
+    forced: bool = False  # its order: hold, maintenance hours and the loop breaker do not bind it
+    shadow: ShadowTerms | None = None  # its order: how it is compared before it serves
+    detail: str = ""  # the newest step's sentence, a verdict's figures among them; in the view of one device only
+    shadow_verdict: str = ""  # how its shadow went; in the view of one device only
     requests: int = 0  # over the recent span
     errors: int = 0
     dropped: int = 0  # turned away, not among the requests: queue full, and
@@ -171,6 +299,9 @@ class DeviceView(msgspec.Struct, frozen=True, kw_only=True):
     reports: int  # stored
     missing: int  # sequence numbers known to be missing
     facts: dict[str, str] = {}
+    certificate_expires: int | None = None
+    ca: str = ""  # key identifier of the CA that issued its certificate
+    open_until: int | None = None  # when an operator has opened the id for a new enrolment
 
 
 class EventView(msgspec.Struct, frozen=True, kw_only=True):
@@ -212,6 +343,8 @@ class DeployRequest(msgspec.Struct, frozen=True, kw_only=True):
     variant: str | None = None
     devices: tuple[str, ...] = ()
     all: bool = False
+    force: bool = False  # hold, maintenance hours and the loop breaker do not bind it
+    shadow: ShadowTerms | None = None  # compare it before it serves
 
 
 class RollbackRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -221,6 +354,7 @@ class RollbackRequest(msgspec.Struct, frozen=True, kw_only=True):
     to: int | None = None
     devices: tuple[str, ...] = ()
     all: bool = False
+    force: bool = True  # as in `DeployRequest`; what is wrong must go, also outside of the hours
 
 
 class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
@@ -231,3 +365,25 @@ class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     targets: dict[str, int]
     skipped: dict[str, str] = {}
+
+
+class CommandRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /devices/{id}/commands: have a device do something once."""
+
+    command: Deed
+    life_seconds: Annotated[int, msgspec.Meta(ge=5, le=MAX_LIFE_MS // 1000)] = 600
+
+
+class CommandView(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /devices/{id}/commands, newest first, and the answer to a `CommandRequest`."""
+
+    id: str
+    device: str
+    command: str  # in words
+    by: str
+    issued_at: int
+    expires_at: int
+    state: CommandState
+    reason: RejectReason | None = None  # why it was refused
+    detail: str = ""
+    answered_at: int | None = None

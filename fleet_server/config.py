@@ -10,9 +10,11 @@ from pathlib import Path
 
 import msgspec
 
+from fleet_server.core.rollups import Kept
 from protocol.settings import MAX_SETTINGS, BadSettings, decode_settings
 
 MAX_PORT = 65535
+MAX_DAYS = 3650
 
 
 class BadConfig(Exception):
@@ -45,6 +47,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     console_certificate: str | None = None  # PEM with its chain: the console is then served over TLS
     console_key: str | None = None
     retention_days: int | None = None  # how long reports and truth are kept
+    quarter_retention_days: int | None = None  # how long their sums over quarters of an hour are
+    daily_retention_days: int | None = None  # how long their sums over days are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,13 @@ class ServerConfig:
     console_certificate: Path | None
     console_key: Path | None
     retention_days: int
+    quarter_retention_days: int
+    daily_retention_days: int
+
+    @property
+    def kept(self) -> Kept:
+        """How long reports and their sums are kept."""
+        return Kept(raw=self.retention_days, quarters=self.quarter_retention_days, days=self.daily_retention_days)
 
 
 def read_file(path: Path) -> Settings:
@@ -91,6 +102,7 @@ def settle(file: Settings, flags: Settings) -> ServerConfig:
     data = Path(chosen.data).expanduser().absolute()
     host = chosen.host or "0.0.0.0"  # noqa: S104 - devices come from the network; every connection is authenticated
     _check_console_tls(chosen)
+    kept = _kept(chosen)
     return ServerConfig(
         data=data,
         console=address("console", chosen.console or "127.0.0.1:8080"),
@@ -101,7 +113,9 @@ def settle(file: Settings, flags: Settings) -> ServerConfig:
         database=chosen.database or f"sqlite:///{data / 'edgewarden.db'}",
         console_certificate=Path(chosen.console_certificate) if chosen.console_certificate else None,
         console_key=Path(chosen.console_key) if chosen.console_key else None,
-        retention_days=_within("retention_days", _or(chosen.retention_days, 30), 1, 3650),
+        retention_days=kept.raw,
+        quarter_retention_days=kept.quarters,
+        daily_retention_days=kept.days,
     )
 
 
@@ -117,6 +131,16 @@ def address(key: str, text: str) -> Address:
 def _check_console_tls(settings: Settings) -> None:
     if bool(settings.console_certificate) != bool(settings.console_key):
         raise BadConfig("console_certificate and console_key belong together: give both, or neither")
+
+
+def _kept(settings: Settings) -> Kept:
+    """A coarser sum is not kept for less long than what it is made from; a default gives way to that."""
+    default = Kept()
+    raw = _within("retention_days", _or(settings.retention_days, default.raw), 1, MAX_DAYS)
+    quarters = _or(settings.quarter_retention_days, max(default.quarters, raw))
+    quarters = _within("quarter_retention_days", quarters, raw, MAX_DAYS)
+    days = _or(settings.daily_retention_days, max(default.days, quarters))
+    return Kept(raw=raw, quarters=quarters, days=_within("daily_retention_days", days, quarters, MAX_DAYS))
 
 
 def _names(names: Sequence[str]) -> tuple[str, ...]:

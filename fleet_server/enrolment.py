@@ -1,8 +1,10 @@
 """Lets new devices in: makes tokens, and turns an enrolment request into a device with a certificate and its rights.
 
 Knows the order of the checks and what is undone by none of them: a token loses a use only after everything else
-about the request was found right, so that a bad CSR costs nothing. It stops at the ports: who signs, stores and
-talks to the broker stands behind them.
+about the request was found right, so that a bad CSR costs nothing. A device whose answer was lost may ask again: same
+id, same key, a token that is right. Any other request for an id that is taken needs an operator who opened it. It
+stops at the ports: who signs, stores and talks to the broker stands behind them; what becomes of a device later is
+`membership.py`'s story.
 
 Errors, by who must act::
 
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 
 from fleet_server.api_types import TokenCreated, TokenRequest
 from fleet_server.ports import (
+    Assigned,
     Authority,
     DesiredStates,
     Device,
@@ -36,6 +39,7 @@ from protocol.release import DeviceConfig
 MAX_USES = 100_000
 MAX_LIFE_SECONDS = 30 * 24 * 3600  # a token is for an enrolment campaign, not for ever
 MAX_LABELS = 32
+_NOTHING_YET: tuple[int, tuple[Assigned, ...], DeviceConfig] = (1, (), DeviceConfig())
 _log = logging.getLogger(__name__)
 
 
@@ -48,7 +52,10 @@ class DeviceExists(Exception):
 
     def __init__(self, device: str) -> None:
         """Name the id and the way out."""
-        super().__init__(f"a device {device!r} is enrolled already; choose another id")
+        super().__init__(
+            f"a device {device!r} is enrolled already; choose another id, "
+            f"or let an operator open this one: edgewarden devices reopen {device}"
+        )
         self.device = device
 
 
@@ -77,6 +84,7 @@ class Enrolment:
     random_bytes: Callable[[int], bytes]
     broker_host: str
     broker_port: int
+    on_replaced: Callable[[], None] = lambda: None  # the broker must learn which certificates count no more
 
     def create_token(self, request: TokenRequest, now: int) -> TokenCreated:
         """Make a token; its secret is stored only as a hash. Raises `NotReady`, `BadRequest`."""
@@ -104,29 +112,71 @@ class Enrolment:
         """Enrol a device. Raises `NotReady`, `BadRequest`, `DeviceExists`, `TokenRefused`."""
         image_root, director_root = self._roots()
         device_id = _legal_id(request.device)
-        if self.registry.device(device_id) is not None:
-            raise DeviceExists(device_id)
         certificate = self.authority.sign(request.csr, device_id, now)
-        token = self.registry.redeem_token(request.token_id, _hash_of(request.secret), now)
-        self.registry.add_device(
-            Device(id=device_id, labels=dict(token.labels), certificate=certificate, enrolled_at=now)
-        )
-        self._welcome(device_id, now)
-        _log.info("device %s enrolled with token %s", device_id, token.id)
+        known = self.registry.device(device_id)
+        if known is None:
+            device = self._enrol_new(request, certificate, now)
+        elif self._asks_again(known, certificate, now):
+            self.registry.check_token(request.token_id, _hash_of(request.secret), now)
+            device = known
+        else:
+            device = self._enrol_again(known, request, certificate, now)
         return EnrolResponse(
-            certificate=certificate,
+            certificate=device.certificate,
             ca=self.authority.ca_certificate().decode(),
             image_root=image_root,
             director_root=director_root,
             broker_host=self.broker_host,
             broker_port=self.broker_port,
-            labels=dict(token.labels),
+            labels=device.labels,
         )
 
+    def _enrol_new(self, request: EnrolRequest, certificate: str, now: int) -> Device:
+        token = self.registry.redeem_token(request.token_id, _hash_of(request.secret), now)
+        device = Device(id=request.device, labels=dict(token.labels), certificate=certificate, enrolled_at=now)
+        self.registry.add_device(device)
+        self._welcome(device.id, now)
+        _log.info("device %s enrolled with token %s", device.id, token.id)
+        return device
+
+    def _asks_again(self, known: Device, certificate: str, now: int) -> bool:
+        """Tell whether this is the device that is enrolled already: the answer to it was lost."""
+        is_open = known.revoked or known.open_until > now
+        return not is_open and self._key_of(known.certificate) == self._key_of(certificate)
+
+    def _enrol_again(self, known: Device, request: EnrolRequest, certificate: str, now: int) -> Device:
+        """Enrol an id that an operator opened: with a new key, what it had before counts no more."""
+        if known.open_until <= now:
+            raise DeviceExists(known.id)
+        if self._key_of(certificate) in (self._key_of(known.certificate), self._key_of(known.next_certificate)):
+            raise BadRequest(
+                f"{known.id} was opened for a new key, and this is the one it had; "
+                "use enroll --force, or remove the device's identity folder first"
+            )
+        token = self.registry.redeem_token(request.token_id, _hash_of(request.secret), now)
+        labels = {**known.labels, **token.labels}
+        device = Device(id=known.id, labels=labels, certificate=certificate, enrolled_at=now)
+        self.registry.replace_device(device, now)
+        self.uplink.expel(device.id)
+        self.on_replaced()
+        self._welcome(device.id, now)
+        _log.warning(
+            "device %s enrolled again with token %s; its old certificate counts no more", device.id, token.id
+        )
+        return device
+
+    def _key_of(self, certificate: str) -> str:
+        return self.authority.facts(certificate).key_sha256 if certificate else ""
+
     def _welcome(self, device_id: str, now: int) -> None:
-        """Give the device its rights and an empty desired state, so that it hears something signed at once."""
+        """Give the device its rights and a desired state, so that it hears something signed at once.
+
+        A new id is wanted to run nothing yet; one that was here before, what it was wanted to run.
+        """
         self.uplink.admit(device_id)
-        desire = self.director.sign(device_id, 1, (), DeviceConfig(), now)
+        before = self.desired.desired(device_id)
+        version, assigned, config = (before.version + 1, before.assigned, before.config) if before else _NOTHING_YET
+        desire = self.director.sign(device_id, version, assigned, config, now)
         self.desired.save_desired(desire)
         self.uplink.publish_desired(device_id, desire.message(self.director.roots()[1:]))
 

@@ -17,20 +17,23 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 
 from fleet_server.core.plausibility import (
     Implausible,
     blank_event,
+    blank_reply,
     blank_report,
     check_event,
+    check_reply,
     check_report,
     check_state,
 )
 from fleet_server.core.retry import backoff
 from fleet_server.ports import Batch, DesiredStates, Registry, Telemetry, Uplink
-from protocol.codec import BadMessage, decode_device_state, decode_event, decode_report
-from protocol.messages import Acknowledgement, Birth, DeviceState, Event, Report
+from protocol.codec import BadMessage, decode_device_state, decode_event, decode_reply, decode_report
+from protocol.messages import Acknowledgement, Birth, DeviceState, Event, Reply, Report
 from protocol.topics import Channel, DeviceTopic, parse
 
 QUEUE_SIZE = 5000  # messages; five times the Receive Maximum
@@ -45,6 +48,16 @@ _log = logging.getLogger(__name__)
 
 class StoreUnavailable(Exception):
     """The database cannot be written now: locked, full, or gone. Nothing was written; try again."""
+
+
+class DeadCause(str, Enum):
+    """Why a message was put aside, in few words for counting; the dead letter has the sentence."""
+
+    TOPIC = "unknown-topic"
+    DEVICE = "not-admitted"  # of an unknown or revoked device
+    UNREADABLE = "unreadable"
+    IMPLAUSIBLE = "implausible"  # readable, but it cannot be true
+    DATABASE = "refused-by-database"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +76,9 @@ class Sorted:
     report: tuple[str, Report] | None = None
     event: tuple[str, Event] | None = None
     state: tuple[str, DeviceState] | None = None
+    reply: tuple[str, Reply] | None = None
     dead: tuple[str, bytes, str] | None = None
+    cause: DeadCause = DeadCause.IMPLAUSIBLE  # of the dead letter
 
 
 Outcome = tuple[Sequence[Sorted], Sequence[tuple[str, Acknowledgement]]]
@@ -84,7 +99,8 @@ class Standing:
 class Ingest:
     """The driver. ``offer`` may be called by any thread; one batcher thread does the rest.
 
-    ``on_birth`` is called, after the commit, for a device whose trust is not where the server's is.
+    ``on_birth`` is called, after the commit, for a device whose trust is not where the server's is;
+    ``on_arrival`` for every birth. ``on_written`` (seconds of a batch) and ``on_dead`` are for those who count.
     """
 
     telemetry: Telemetry
@@ -94,6 +110,9 @@ class Ingest:
     newest_root: Callable[[], int]  # of the Director
     on_birth: Callable[[str, Birth], None]
     clock: Callable[[], int]  # UTC ms
+    on_arrival: Callable[[str], None] = lambda _device: None
+    on_written: Callable[[float], None] = lambda _seconds: None
+    on_dead: Callable[[DeadCause], None] = lambda _cause: None
     monotonic: Callable[[], float] = time.monotonic
     size: int = QUEUE_SIZE
     _queue: "queue.Queue[Message]" = field(init=False)
@@ -178,6 +197,8 @@ class Ingest:
                 _attempt(partial(self._greet, device, state), f"could not answer the birth of {device}")
         self._stored += len(messages)
         self._dead += sum(item.dead is not None for item in sorted_)
+        for cause in [item.cause for item in sorted_ if item.dead]:
+            self.on_dead(cause)
         return True
 
     # ------------------------------------------------------------ storing
@@ -185,6 +206,7 @@ class Ingest:
         """Store with back-off for as long as it takes; None when asked to stop before it could be done."""
         tries = 0
         while True:
+            began = self.monotonic()
             try:
                 sorted_ = [self._sort(message) for message in messages]
                 stored = self._store_or_halve(messages, sorted_)
@@ -195,6 +217,7 @@ class Ingest:
                     return None
             else:
                 self._note_success()
+                self.on_written(self.monotonic() - began)
                 return sorted_, stored
 
     def _store_or_halve(
@@ -207,7 +230,8 @@ class Ingest:
         except Exception as error:  # noqa: BLE001 - whatever it is, one message must not stop those of others
             if len(messages) == 1:
                 _log.exception("a message on %s cannot be stored", messages[0].topic)
-                refused = _dead(messages[0], f"the database refuses it: {error}")
+                refused = _dead(messages[0], f"the database refuses it: {error}", DeadCause.DATABASE)
+                self.on_dead(refused.cause)
                 return self.telemetry.store(_batch([refused], self.clock()))
         middle = len(messages) // 2
         first = self._store_or_halve(messages[:middle], sorted_[:middle])
@@ -227,14 +251,16 @@ class Ingest:
     def _sort(self, message: Message) -> Sorted:
         topic = parse(message.topic)
         if topic is None:
-            return _dead(message, "not a topic of ours")
+            return _dead(message, "not a topic of ours", DeadCause.TOPIC)
         refusal = self._refusal(topic.device)
         if refusal is not None:
-            return _dead(message, refusal)
+            return _dead(message, refusal, DeadCause.DEVICE)
         try:
             return _decode(topic, message)
-        except (BadMessage, Implausible) as error:
-            return _dead(message, str(error))
+        except BadMessage as error:
+            return _dead(message, str(error), DeadCause.UNREADABLE)
+        except Implausible as error:
+            return _dead(message, str(error), DeadCause.IMPLAUSIBLE)
 
     def _refusal(self, device: str) -> str | None:
         """Return why a device may not send, remembered for a moment."""
@@ -259,6 +285,7 @@ class Ingest:
 
     # ------------------------------------------------------------ births
     def _greet(self, device: str, birth: Birth) -> None:
+        self.on_arrival(device)
         desire = self.desired.desired(device)
         wanted = desire.version if desire else 0
         if birth.director_version != wanted or birth.director_root < self.newest_root():
@@ -293,18 +320,19 @@ class Acknowledgements:
                 self._send(key, now)
 
     def _is_urgent(self, key: tuple[str, str], new: Acknowledgement) -> bool:
-        if not (new.missing_telemetry or new.missing_events):
+        if not any(_holes(new)):
             return False
         _, told = self._sent.get(key, (0.0, None))
-        return told is None or (told.missing_telemetry, told.missing_events) != (
-            new.missing_telemetry,
-            new.missing_events,
-        )
+        return told is None or _holes(told) != _holes(new)
 
     def _send(self, key: tuple[str, str], now: float) -> None:
         acknowledgement = self._waiting.pop(key)
         self._sent[key] = (now, acknowledgement)
         _attempt(partial(self.send, key[0], acknowledgement), f"could not tell {key[0]} what is stored")
+
+
+def _holes(acknowledgement: Acknowledgement) -> tuple[tuple[tuple[int, int], ...], ...]:
+    return (acknowledgement.missing_telemetry, acknowledgement.missing_events, acknowledgement.missing_replies)
 
 
 def _decode(topic: DeviceTopic, message: Message) -> Sorted:
@@ -316,6 +344,8 @@ def _decode(topic: DeviceTopic, message: Message) -> Sorted:
         return _sort_report(topic.device, decode_report(message.payload), message)
     if topic.channel is Channel.EVENT:
         return _sort_event(topic.device, decode_event(message.payload), message)
+    if topic.channel is Channel.REPLY:
+        return _sort_reply(topic.device, decode_reply(message.payload), message)
     raise BadMessage(f"nothing is expected on {topic.channel.value}")
 
 
@@ -336,8 +366,16 @@ def _sort_event(device: str, event: Event, message: Message) -> Sorted:
     return Sorted(event=(device, event))
 
 
-def _dead(message: Message, reason: str) -> Sorted:
-    return Sorted(dead=_letter(message, reason))
+def _sort_reply(device: str, reply: Reply, message: Message) -> Sorted:
+    try:
+        check_reply(reply)
+    except Implausible as error:
+        return Sorted(reply=(device, blank_reply(reply)), dead=_letter(message, str(error)))
+    return Sorted(reply=(device, reply))
+
+
+def _dead(message: Message, reason: str, cause: DeadCause) -> Sorted:
+    return Sorted(dead=_letter(message, reason), cause=cause)
 
 
 def _letter(message: Message, reason: str) -> tuple[str, bytes, str]:
@@ -349,6 +387,7 @@ def _batch(sorted_: Sequence[Sorted], now: int) -> Batch:
         reports=[item.report for item in sorted_ if item.report],
         events=[item.event for item in sorted_ if item.event],
         states=[item.state for item in sorted_ if item.state],
+        replies=[item.reply for item in sorted_ if item.reply],
         dead_letters=[item.dead for item in sorted_ if item.dead],
         received_at=now,
     )

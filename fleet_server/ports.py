@@ -9,16 +9,21 @@ from dataclasses import dataclass, field
 from typing import IO, Protocol
 
 from fleet_server.api_types import Publication
+from fleet_server.core.access import Permission, Role
+from fleet_server.core.audit import Act, Entry
+from protocol.commands import Command
 from protocol.messages import (
     Acknowledgement,
     Birth,
+    CommandEnvelope,
     DesiredState,
     DeviceState,
     Event,
+    Reply,
     Report,
 )
 from protocol.release import Assignment, Delta, DeviceConfig, Release
-from protocol.states import PresenceState
+from protocol.states import CommandOutcome, PresenceState, RejectReason
 
 
 # ---------------------------------------------------------------- facts
@@ -31,6 +36,17 @@ class Device:
     certificate: str  # PEM of the certificate in force; its key signs the device's requests
     enrolled_at: int
     revoked: bool = False
+    next_certificate: str = ""  # PEM; issued by a renewal, in force from the first request that its key signs
+    open_until: int = 0  # until then the id may enrol again, once
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertificateFacts:
+    """What a certificate says, for those who do not read X.509."""
+
+    key_sha256: str  # of the SubjectPublicKeyInfo, DER
+    ca: str  # the issuing CA's key identifier, hex
+    expires_at: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +142,31 @@ class Batch:
     reports: Sequence[tuple[str, Report]] = ()  # (device, report)
     events: Sequence[tuple[str, Event]] = ()
     states: Sequence[tuple[str, DeviceState]] = ()
+    replies: Sequence[tuple[str, Reply]] = ()
     dead_letters: Sequence[tuple[str, bytes, str]] = ()  # (topic, payload cut to 4 KiB, reason)
     received_at: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What a batch added to the database, for those who count."""
+
+    reports: Sequence[Report]
+    events: Sequence[Event]
+    again: int  # reports and events that were there already
+    received_at: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandRecord:
+    """A command to a device, and what became of it."""
+
+    command: Command
+    by: str
+    outcome: CommandOutcome | None = None  # None: it is not answered
+    reason: RejectReason | None = None
+    detail: str = ""
+    answered_at: int | None = None  # server's clock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,29 +188,128 @@ class OnlineKeys:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Account:
+    """A user."""
+
+    name: str
+    password_hash: str
+    role: Role
+    created_at: int
+    disabled: bool = False
+    revision: int = 1  # grows with each change
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoginSession:
     """A person's session; the token itself is only in their cookie."""
 
     token_sha256: str
     account: str
     csrf: str  # what forms must carry
+    expires_at: int  # unless it is used before
+    started_at: int  # the log-in
+    renewed_at: int  # when it got this token
+    replaced: bool = False  # it has got another token; this one ends shortly
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiToken:
+    """A program's key to the API, in the name of a user; the secret only as a hash."""
+
+    id: str
+    account: str
+    name: str
+    secret_sha256: str
+    scopes: frozenset[Permission]
+    created_at: int
     expires_at: int
+    last_used_at: int | None = None
+    revoked_at: int | None = None
 
 
 # ---------------------------------------------------------------- storage, in adapters/database
 class Accounts(Protocol):
-    """People who may log in, and their sessions."""
+    """Users, their sessions and their API tokens. An `Act` is logged in the same transaction as the change."""
 
-    def password_hash(self, account: str) -> str | None: ...
-    def set_password_hash(self, account: str, password_hash: str) -> None:
-        """Set a password (argon2id hash); every session of the account ends."""
+    def account(self, name: str) -> Account | None: ...
+    def accounts(self) -> Sequence[Account]: ...
+    def add_account(self, account: Account, act: Act) -> None:
+        """Add a user; raise `access.UserExists`."""
 
-    def add_session(self, session: LoginSession) -> None: ...
-    def session(self, token_sha256: str, now: int) -> LoginSession | None:
-        """Return a session that is not over."""
+    def change_account(
+        self,
+        name: str,
+        revision: int | None,
+        act: Act,
+        *,
+        role: Role | None = None,
+        disabled: bool | None = None,
+        password_hash: str | None = None,
+    ) -> Account:
+        """Change a user and end every session of theirs.
+
+        Raises `access.UnknownUser`, `access.Stale` (another revision is there), `access.LastAdmin`.
+        """
+
+    def remove_account(self, name: str, revision: int | None, act: Act) -> None:
+        """Remove a user with sessions and API tokens; raises as `change_account` does."""
+
+    def add_session(self, session: LoginSession, act: Act) -> None: ...
+    def session(self, token_sha256: str, now: int) -> tuple[LoginSession, Account] | None:
+        """Return a session that is not over, with its user, who is not disabled."""
 
     def extend_session(self, token_sha256: str, expires_at: int) -> None: ...
-    def end_session(self, token_sha256: str) -> None: ...
+    def replace_session(self, token_sha256: str, new: LoginSession, until: int) -> bool:
+        """Give a session another token; the one before ends then. False: it was replaced already."""
+
+    def end_session(self, token_sha256: str, act: Act) -> None: ...
+    def end_sessions(self, account: str, act: Act) -> int:
+        """End every session of a user; return how many there were."""
+
+    def add_api_token(self, token: ApiToken, act: Act) -> None: ...
+    def api_token(self, token_id: str) -> tuple[ApiToken, Account] | None: ...
+    def api_tokens(self, account: str | None = None) -> Sequence[ApiToken]: ...
+    def revoke_api_token(self, token_id: str, act: Act) -> None: ...
+    def note_use(self, token_id: str, now: int) -> None:
+        """Store when an API token was last used."""
+
+
+class AuditLog(Protocol):
+    """Who did what, in a chain (`core/audit.py`)."""
+
+    def append(self, acts: Sequence[Act]) -> None:
+        """Add acts that happened already; raise `ingest.StoreUnavailable`."""
+
+    def entries(self, *, after: int, limit: int) -> Sequence[Entry]:
+        """Return entries in order, those that follow a sequence number."""
+
+    def newest(self, *, before: int | None, limit: int, who: str | None, action: str | None) -> Sequence[Entry]:
+        """Return entries, newest first, those before a sequence number."""
+
+
+class KeptAnswers(Protocol):
+    """What was answered to a request with an Idempotency-Key. ``key`` has the user's name before it."""
+
+    def begin(self, key: str, request_sha256: str, now: int) -> bool:
+        """Note that a request is under way; False when its key was used before."""
+
+    def find(self, key: str) -> tuple[str, bytes | None] | None:
+        """Return which request a key was used for, and its answer unless it is still under way."""
+
+    def keep(self, key: str, answer: bytes) -> None: ...
+    def drop(self, key: str) -> None:
+        """Let a key be used again: nothing was changed."""
+
+
+class Passwords(Protocol):
+    """Hashes passwords, slowly."""
+
+    def hash(self, password: str) -> str: ...
+    def is_right(self, stored: str | None, password: str) -> bool:
+        """Compare; without a stored hash it takes as long, and is wrong."""
+
+    def is_outdated(self, stored: str) -> bool:
+        """Whether a hash was made with weaker settings than today's."""
 
 
 class Registry(Protocol):
@@ -181,8 +319,35 @@ class Registry(Protocol):
     def redeem_token(self, token_id: str, secret_sha256: str, now: int) -> TokenRecord:
         """Take one use of a token, atomically; raise `enrolment.TokenRefused` (unknown, wrong, used up, expired)."""
 
+    def check_token(self, token_id: str, secret_sha256: str, now: int) -> None:
+        """Raise `enrolment.TokenRefused` unless a token is known, right and not expired; its uses do not matter."""
+
     def add_device(self, device: Device) -> None:
         """Add a device; raise `enrolment.DeviceExists`."""
+
+    def replace_device(self, device: Device, now: int) -> None:
+        """Put a new enrolment in the place of an opened one; raise `enrolment.DeviceExists` when it is not open.
+
+        Atomic, so an opening is worth one enrolment. The certificates before are retired.
+        """
+
+    def offer_certificate(self, device_id: str, certificate: str, now: int) -> None:
+        """Note a device's next certificate; one noted before and never used is retired."""
+
+    def promote(self, device_id: str, certificate: str, now: int) -> None:
+        """Put the next certificate in force and retire the one before; does nothing when it is not the next."""
+
+    def revoke(self, device_id: str, now: int) -> None:
+        """Block a device and retire its certificates; an opening ends. Again changes nothing."""
+
+    def reopen(self, device_id: str, until: int) -> None:
+        """Let an id enrol again until then, once."""
+
+    def retired(self) -> Sequence[str]:
+        """Return the certificates (PEM) that count no more."""
+
+    def forget_retired(self, certificates: Sequence[str]) -> None:
+        """Forget retired certificates that have expired."""
 
     def device(self, device_id: str) -> Device | None: ...
     def devices(self) -> Sequence[Device]: ...
@@ -214,6 +379,27 @@ class DesiredStates(Protocol):
         """The highest attempt at this bundle in any desired state ever saved for this device; 0 when none."""
 
 
+class CommandStore(Protocol):
+    """Commands and what became of them. Answers come in by `Telemetry.store`, and the first is the last word."""
+
+    def add(self, record: CommandRecord) -> None: ...
+    def newest(self, device_id: str, limit: int) -> Sequence[CommandRecord]:
+        """Return the newest commands to a device, newest first."""
+
+    def waiting(self, device_id: str | None, now: int) -> Sequence[Command]:
+        """Return what is neither answered nor over, of one device or of all; oldest first for each."""
+
+    def highest(self, device_id: str) -> int:
+        """Return the highest sequence ever given to a device; 0 when none."""
+
+
+class Exposition(Protocol):
+    """What `/metrics` shows."""
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """Return body and content type, in the format of an Accept header that is liked best."""
+
+
 class Telemetry(Protocol):
     """Reports, events and states as they came in, each stored once."""
 
@@ -223,13 +409,15 @@ class Telemetry(Protocol):
 
 # ---------------------------------------------------------------- trust, in adapters
 class Authority(Protocol):
-    """The server's certificate authority for devices."""
+    """The server's certificate authority for devices: one CA, or two while the next takes over."""
 
     def ca_certificate(self) -> bytes:
-        """PEM of the CA."""
+        """PEM of every CA in force, first the one whose certificate the server shows."""
 
     def ca_key_sha256(self) -> str:
-        """SHA-256 of the CA's SubjectPublicKeyInfo (DER), as tokens carry it."""
+        """SHA-256 of the first CA's SubjectPublicKeyInfo (DER), as tokens carry it."""
+
+    def facts(self, certificate: str) -> CertificateFacts: ...
 
     def sign(self, csr: str, device_id: str, now: int) -> str:
         """Return the certificate (PEM) for a CSR; raise `enrolment.BadRequest` when it is not that device's."""
@@ -258,6 +446,12 @@ class Director(Protocol):
     def sign(
         self, device_id: str, version: int, assigned: Sequence[Assigned], config: DeviceConfig, now: int
     ) -> SignedDesire: ...
+
+
+class CommandSigner(Protocol):
+    """Signs commands with the Director's targets key."""
+
+    def sign_command(self, command: Command) -> CommandEnvelope: ...
 
 
 class ImageRepository(Protocol):
@@ -353,3 +547,16 @@ class Uplink(Protocol):
     def acknowledge(self, device_id: str, acknowledgement: Acknowledgement) -> None: ...
     def admit(self, device_id: str) -> None:
         """Give an enrolled device its rights on the broker."""
+
+    def expel(self, device_id: str) -> bool:
+        """Take a device's rights, cut its connection, drop its session and its retained desired state.
+
+        Return whether that is done; what could not be done is made up for when the broker can be reached again.
+        """
+
+
+class CommandUplink(Protocol):
+    """How commands reach devices."""
+
+    def send_command(self, device_id: str, envelope: CommandEnvelope, *, life_seconds: int) -> None:
+        """Send a command that the broker forgets after so long. Without a connection nothing is sent."""

@@ -1,7 +1,7 @@
 """Gives devices what they should run: orders to deploy and roll back, renewal, and publishing it all again.
 
 A rollback is no second mechanism: it is the next desired state, pointing to an older version. Every desired state is
-the full one, so the models that an order does not name are carried over as they are.
+the full one, so the models that an order does not name are carried over as they are, with the terms of their orders.
 
 What a version number must be above: the last one signed *and* the last one the device reports, so that a server
 restored from a backup is still believed.
@@ -30,7 +30,7 @@ from fleet_server.ports import (
     Uplink,
 )
 from protocol.messages import Birth
-from protocol.release import Assignment, Delta, DeviceConfig
+from protocol.release import Assignment, Delta, DeviceConfig, ShadowTerms
 
 DESIRE_LIFE_MS = 7 * 24 * 3600 * 1000
 RENEW_BEFORE_MS = DESIRE_LIFE_MS // 2
@@ -65,7 +65,7 @@ class Rollouts:
         self.deltas.settle(DELTA_PATIENCE)  # of a version that was published a moment ago
         bundles = self._installable(self._bundles_of(request.model, request.version, request.variant))
         return self._carry_out(
-            _Order(kind="deploy", model=request.model, by=by, at=now),
+            _Order(kind="deploy", model=request.model, by=by, at=now, forced=request.force, shadow=request.shadow),
             self._choose(request.devices, everybody=request.all),
             lambda device: _fitting(bundles, self._birth(device)),
         )
@@ -77,7 +77,7 @@ class Rollouts:
         elif not self.releases.bundles(request.model):
             raise BadOrder(f"no version of model {request.model!r} is published")
         return self._carry_out(
-            _Order(kind="rollback", model=request.model, by=by, at=now),
+            _Order(kind="rollback", model=request.model, by=by, at=now, forced=request.force),
             self._choose(request.devices, everybody=request.all),
             lambda device: self._earlier(device, request),
         )
@@ -137,7 +137,7 @@ class Rollouts:
             )
             self.desired.add_deployment(record)
             for device, bundle in targets.items():
-                self._assign(device, bundle, record.id, order.at)
+                self._assign(device, bundle, record.id, order)
         _log.info(
             "%s %s: %d devices, %d skipped (by %s)", order.kind, order.model, len(targets), len(skipped), order.by
         )
@@ -145,14 +145,18 @@ class Rollouts:
             id=record.id, kind=order.kind, model=order.model, targets=dict(record.targets), skipped=dict(skipped)
         )
 
-    def _assign(self, device: str, bundle: PublishedBundle, order_id: str, now: int) -> None:
+    def _assign(self, device: str, bundle: PublishedBundle, order_id: str, order: "_Order") -> None:
         before = self.desired.desired(device)
-        attempt = 1 + self._highest_attempt(device, bundle, before)
-        deltas = self._deltas_to(bundle, self._birth(device))
-        entry = Assigned(bundle=bundle, assignment=Assignment(rollout=order_id, attempt=attempt, deltas=deltas))
+        assignment = Assignment(
+            rollout=order_id,
+            attempt=1 + self._highest_attempt(device, bundle, before),
+            forced=order.forced,
+            shadow=order.shadow,
+            deltas=self._deltas_to(bundle, self._birth(device)),
+        )
         others = [a for a in _assigned(before) if a.bundle.release.model != bundle.release.model]
-        assigned = sorted([*others, entry], key=lambda a: a.bundle.path)
-        self._sign(device, tuple(assigned), before, now)
+        assigned = sorted([*others, Assigned(bundle=bundle, assignment=assignment)], key=lambda a: a.bundle.path)
+        self._sign(device, tuple(assigned), before, order.at)
 
     def _highest_attempt(self, device: str, bundle: PublishedBundle, before: SignedDesire | None) -> int:
         """Ask our own history, and the device when it has seen more than our history knows of."""
@@ -262,6 +266,8 @@ class _Order:
     model: str
     by: str
     at: int
+    forced: bool
+    shadow: ShadowTerms | None = None
 
 
 def _decide(

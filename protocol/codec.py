@@ -14,15 +14,22 @@ from protocol.messages import (
     WIRE_VERSION,
     Acknowledgement,
     Birth,
+    CommandEnvelope,
     DesiredState,
     DeviceState,
     Event,
     Farewell,
+    Reply,
     Report,
     ServerState,
     Will,
 )
-from protocol.names import MAX_DESIRED_MESSAGE, MAX_INFLATED_MESSAGE, MAX_TELEMETRY_MESSAGE
+from protocol.names import (
+    MAX_COMMAND_MESSAGE,
+    MAX_DESIRED_MESSAGE,
+    MAX_INFLATED_MESSAGE,
+    MAX_TELEMETRY_MESSAGE,
+)
 
 RAW_JSON = 0
 DEFLATE_1 = 1
@@ -41,7 +48,7 @@ _DICTIONARY_1 = (
 # RecursionError: msgspec skips unknown fields by recursion, so `[[[[…` in one would otherwise escape as itself.
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
-M = TypeVar("M", Report, Event, Acknowledgement, DesiredState, ServerState)
+M = TypeVar("M", Report, Event, Reply, Acknowledgement, DesiredState, CommandEnvelope, ServerState)
 
 
 class BadMessage(ValueError):
@@ -69,6 +76,11 @@ def decode_event(payload: bytes) -> Event:
     return _decode(payload, _event, cap=MAX_TELEMETRY_MESSAGE)
 
 
+def decode_reply(payload: bytes) -> Reply:
+    """Decode ``up/r``; raise `BadMessage`."""
+    return _decode(payload, _reply, cap=MAX_TELEMETRY_MESSAGE)
+
+
 def decode_device_state(payload: bytes) -> DeviceState:
     """Decode ``up/state``; raise `BadMessage`."""
     body = _inflate(payload, cap=MAX_TELEMETRY_MESSAGE)
@@ -88,6 +100,11 @@ def decode_acknowledgement(payload: bytes) -> Acknowledgement:
 def decode_desired_state(payload: bytes) -> DesiredState:
     """Decode ``down/want``; raise `BadMessage`."""
     return _decode(payload, _desired_state, cap=MAX_DESIRED_MESSAGE)
+
+
+def decode_command_envelope(payload: bytes) -> CommandEnvelope:
+    """Decode ``down/cmd``; raise `BadMessage`."""
+    return _decode(payload, _command_envelope, cap=MAX_COMMAND_MESSAGE)
 
 
 def decode_server_state(payload: bytes) -> ServerState:
@@ -135,7 +152,9 @@ def _check_version(version: int) -> None:
 _encoder = msgspec.json.Encoder()
 _report = msgspec.json.Decoder(Report)
 _event = msgspec.json.Decoder(Event)
+_reply = msgspec.json.Decoder(Reply)
 _device_state = msgspec.json.Decoder(Birth | Farewell | Will)
 _acknowledgement = msgspec.json.Decoder(Acknowledgement)
 _desired_state = msgspec.json.Decoder(DesiredState)
+_command_envelope = msgspec.json.Decoder(CommandEnvelope)
 _server_state = msgspec.json.Decoder(ServerState)

@@ -12,6 +12,7 @@ import msgspec
 
 CA_PATH = "/device/v1/ca"  # GET -> PEM
 ENROL_PATH = "/device/v1/enroll"  # POST EnrolRequest -> EnrolResponse
+RENEW_PATH = "/device/v1/renew"  # GET -> Standing; POST RenewRequest -> RenewResponse
 DIRECTOR_METADATA_PATH = "/device/v1/director/metadata"  # GET …/<file>
 IMAGE_METADATA_PATH = "/device/v1/image/metadata"  # GET …/<file>
 BUNDLES_PATH = "/device/v1/bundles"  # GET …/<sha256>, answers Range; ?from=<sha256>&method=… for a delta of it
@@ -52,12 +53,32 @@ class EnrolResponse(msgspec.Struct, frozen=True, kw_only=True):
     """What a device needs for the rest of its life."""
 
     certificate: str  # PEM
-    ca: str  # PEM
+    ca: str  # PEM of every CA in force
     image_root: bytes  # the bytes of 1.root.json
     director_root: bytes
     broker_host: str
     broker_port: int
     labels: dict[str, str] = {}
+
+
+class Standing(msgspec.Struct, frozen=True, kw_only=True):
+    """What the server thinks of a device that asks: it is known, and its key counts."""
+
+    ca: str  # PEM of every CA in force; one that the device does not hold is learnt by renewing
+    expires: int  # UTC ms, of the certificate in force
+
+
+class RenewRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A device asks for its next certificate; its token is signed with the key in force, or with the next one."""
+
+    csr: str  # PEM; CN = device, of a fresh key
+
+
+class RenewResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """The next certificate. The one before counts until the device first signs with the new key."""
+
+    certificate: str  # PEM
+    ca: str  # PEM of every CA in force
 
 
 class DeviceApiError(msgspec.Struct, frozen=True, kw_only=True):

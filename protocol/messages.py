@@ -7,7 +7,7 @@ is kept in ``golden/``.
 
 import msgspec
 
-from protocol.states import DeploymentState, EventKind, RejectReason, RuntimeName
+from protocol.states import CommandOutcome, DeploymentState, EventKind, RejectReason, RuntimeName
 from protocol.statistics import ModelStatistics, TruthStatistics
 
 WIRE_VERSION = 1
@@ -117,6 +117,19 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     detail: str = ""  # a sentence for people, at most 500 characters
 
 
+class Reply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What became of a command (``up/r``). Own sequence in the same spool; sent before everything else."""
+
+    v: int = _UNSAID
+    spool: str = msgspec.field(name="p")
+    sequence: int = msgspec.field(name="q")
+    at: int  # UTC ms
+    command: str  # its id
+    outcome: CommandOutcome
+    reason: RejectReason | None = None  # why it was refused
+    detail: str = ""  # a sentence for people, at most 500 characters
+
+
 class Acknowledgement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The server has these in its database (``down/ack``, QoS 0). Cumulative: also answers for older ones."""
 
@@ -127,6 +140,8 @@ class Acknowledgement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     events: int = 0
     missing_telemetry: tuple[tuple[int, int], ...] = ()  # inclusive ranges to send again
     missing_events: tuple[tuple[int, int], ...] = ()
+    replies: int = 0
+    missing_replies: tuple[tuple[int, int], ...] = ()
 
 
 class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,6 +152,22 @@ class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
     timestamp: bytes
     snapshot: bytes
     targets: bytes
+
+
+class EnvelopeSignature(msgspec.Struct, frozen=True, kw_only=True):
+    """One signature of an envelope."""
+
+    keyid: str  # as in TUF metadata
+    sig: bytes
+
+
+class CommandEnvelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A signed command (``down/cmd``): a DSSE envelope. Nothing in it counts before its signatures are verified."""
+
+    v: int = _UNSAID
+    payload: bytes  # the exact signed bytes of a `protocol.commands.Command`
+    payload_type: str = msgspec.field(name="payloadType")
+    signatures: tuple[EnvelopeSignature, ...]
 
 
 class ServerState(msgspec.Struct, frozen=True, kw_only=True):

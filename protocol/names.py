@@ -21,6 +21,7 @@ MAX_VERSION = 2**31 - 1
 MAX_TELEMETRY_MESSAGE = 64 * 1024  # as it travels
 MAX_INFLATED_MESSAGE = 512 * 1024  # after inflating; a bomb stops here
 MAX_DESIRED_MESSAGE = 256 * 1024  # also the broker's max_packet_size; leaves room for a long root chain
+MAX_COMMAND_MESSAGE = 16 * 1024  # a signed command as it travels
 MAX_METADATA_FILE = 5_000_000  # python-tuf's own cap on targets metadata (ngclient/config.py)
 MAX_MANIFEST = 1024 * 1024
 MAX_BUNDLE = 2 * 1024**3

@@ -62,11 +62,31 @@ class EventKind(str, Enum):
     """What an event on ``up/e`` is about."""
 
     DEPLOYMENT = "deployment"  # a step of the update machine
-    REFUSED = "refused"  # a desired state was refused as a whole
+    REFUSED = "refused"  # a desired state was refused as a whole, or a command was
     DATA_PLANE = "data-plane"  # the inference process ended or came back
     SPOOL = "spool"  # reports had to be merged or dropped
     AGENT = "agent"  # the agent started, or met trouble an operator should know of
     GOVERNOR = "governor"  # the device works less hard, or harder again: heat, throttling, memory, power
+
+
+class CommandOutcome(str, Enum):
+    """What became of a command, as the device says in its reply. Each is the last word on it."""
+
+    DONE = "done"  # it was carried out
+    FAILED = "failed"  # it was tried, and the detail says what came of it
+    REFUSED = "refused"  # well signed, and not to be carried out: the reason says why
+    INTERRUPTED = "interrupted"  # the agent ended before the outcome was known; it is not tried again
+
+
+class CommandState(str, Enum):
+    """Where a command stands, as the fleet server sees it."""
+
+    WAITING = "waiting"  # not answered yet
+    DONE = "done"  # the device carried it out
+    FAILED = "failed"  # the device tried, and the detail says what came of it
+    REFUSED = "refused"  # the device will not: the reason says why
+    INTERRUPTED = "interrupted"  # the agent ended before the outcome was known; it is not tried again
+    EXPIRED = "expired"  # its time is over, and no answer came
 
 
 class PresenceState(str, Enum):

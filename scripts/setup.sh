@@ -12,6 +12,9 @@ python3 -c 'import ensurepip' 2>/dev/null || packages+=(python3-venv)
 if [ "$what" = dev ]; then
     command -v chromium >/dev/null || packages+=(chromium)
     command -v softhsm2-util >/dev/null || packages+=(softhsm2)
+    command -v promtool >/dev/null || packages+=(prometheus)
+    ls /usr/lib/*/faketime/libfaketimeMT.so.1 >/dev/null 2>&1 || packages+=(faketime)
+    compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || command -v initdb >/dev/null || packages+=(postgresql)
     command -v gcc >/dev/null || packages+=(gcc libc6-dev)
 fi
 
@@ -29,9 +32,11 @@ if [ ${#packages[@]} -gt 0 ]; then
     fi
     echo "installing by apt: ${packages[*]}"
     export DEBIAN_FRONTEND=noninteractive
-    # RUNLEVEL=1 keeps Debian from starting a broker of its own: the server runs its own, with its own rights.
+    # RUNLEVEL=1 keeps Debian from starting a broker of its own: the server runs its own, with its own rights. Nor is a
+    # Prometheus to run that nobody asked for: tests start one on a port of their own.
     "${as_root[@]}" apt-get update -qq
     "${as_root[@]}" env RUNLEVEL=1 apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null
+    case " ${packages[*]} " in *" prometheus "*) "${as_root[@]}" systemctl disable --quiet prometheus 2>/dev/null || true ;; esac
 fi
 
 if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -c '' 2>/dev/null; then

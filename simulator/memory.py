@@ -16,6 +16,7 @@ from agent.core.deployment import Deployment
 from agent.core.rungs import Rung
 from agent.ports import (
     EVENTS,
+    REPLIES,
     TELEMETRY,
     AgentError,
     Refusal,
@@ -90,6 +91,8 @@ class FakeDownloads:
         self._hold = hold
         self.calls: list[Target] = []
         self.discarded: list[str] = []
+        self.kept: tuple[str, ...] = ()  # what `collect` was last told to keep
+        self.room = True
 
     def fetch(self, target: Target, progress: Callable[[int], None], cancelled: Callable[[], bool]) -> str:
         self.calls.append(target)
@@ -103,8 +106,14 @@ class FakeDownloads:
         progress(target.length)
         return path
 
+    def has_room(self, target: Target) -> bool:  # noqa: ARG002 - the port's
+        return self.room
+
     def discard(self, sha256: str) -> None:
         self.discarded.append(sha256)
+
+    def collect(self, keep: Sequence[str]) -> None:
+        self.kept = tuple(keep)
 
 
 class MemoryStore:
@@ -353,13 +362,14 @@ class MemorySpool:
         return False
 
     def _drop_one(self) -> bool:
-        telemetry, events = self._stream(TELEMETRY), self._stream(EVENTS)
+        telemetry = self._stream(TELEMETRY)
         if telemetry.records:
             self._dropped += telemetry.records.pop(0).covers
             return True
-        if len(events.records) > 1:
-            events.records.pop(0)
-            return True
+        for queue in (self._stream(EVENTS), self._stream(REPLIES)):
+            if len(queue.records) > 1:
+                queue.records.pop(0)
+                return True
         return False
 
 

@@ -14,11 +14,12 @@ import msgspec
 from agent.adapters.atomic_file import read_capped, write_atomically
 from agent.adapters.https import CHUNK
 from agent.core.downloading import Ledger, book, full_bucket, left_today, seconds_to_next_day, take, today
-from agent.ports import Postponed
+from agent.ports import Postponed, Trouble
 
 log = logging.getLogger(__name__)
 
 AHEAD = 1024 * 1024  # bytes booked before they come: a kill may waste some of the budget, and never exceeds it
+PARTS = 16  # of the budget that are booked at once at most, so that a kill wastes no day
 SLICE = 0.25  # seconds; a wait looks so often whether it is still wanted
 SHARE = 8  # of a second's bytes that are read at once, so that the pace is even
 MAX_LEDGER = 4096
@@ -90,7 +91,8 @@ class Allowance:
     def _book_ahead(self) -> None:
         now = self._clock()
         ledger = today(self._read(), now)
-        amount = min(AHEAD, left_today(ledger, self._budget, now) or 0)
+        ahead = min(AHEAD, max(1, self._budget // PARTS))
+        amount = min(ahead, left_today(ledger, self._budget, now) or 0)
         if not amount:
             self._booked = Ledger()
             raise Postponed(
@@ -105,7 +107,7 @@ class Allowance:
             return self._unkept
         try:
             return msgspec.json.decode(read_capped(self._file, MAX_LEDGER) or b"{}", type=Ledger)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, Trouble) as error:
             log.warning("%s is unreadable, the day's budget begins anew: %s", self._file, error)
             return Ledger()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from agent.ports import Trouble
 
 PRIVATE = 0o600
+TRIAL_BYTES = 16 * 1024  # what a step of an update writes, and more
 _REMEDY = "Check that the disk is neither full nor read-only"
 
 
@@ -37,6 +38,20 @@ def remove_durably(path: Path) -> None:
         raise Trouble(f"cannot remove {path}: {error}", remedy=_REMEDY) from error
 
 
+def try_writing(folder: Path) -> None:
+    """Write something that nobody needs; raise `Trouble` when the disk refuses."""
+    file = folder / ".trial"
+    write_atomically(file, bytes(TRIAL_BYTES))
+    remove_durably(file)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writes left that a kill or a power cut ended; for when nobody else writes in a folder."""
+    for leftover in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            leftover.unlink()
+
+
 def read_capped(path: Path, cap: int) -> bytes | None:
     """Return the content, or None when there is no file; raise `Trouble` when over the cap or unreadable."""
     try:
@@ -51,6 +66,15 @@ def read_capped(path: Path, cap: int) -> bytes | None:
             f"{path} is larger than the {cap} bytes allowed", remedy="It is not a file of ours: move it away"
         )
     return data
+
+
+def flush_file(path: Path) -> None:
+    """Make a file's content durable; raise OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def flush_folder(folder: Path) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from agent.adapters.allowance import Allowance
-from agent.adapters.atomic_file import flush_folder
+from agent.adapters.atomic_file import flush_file, flush_folder
 from agent.adapters.https import HttpsServer, Mirror
 from agent.adapters.transfer import Cancelled, Transfer, Unusable, hash_of, length_of
 from agent.core.downloading import Offer, Told, choose_delta, sources, space_needed, worth_telling
@@ -94,7 +94,7 @@ class BundleDownloads:
         done = self._file(target, ".ewb")
         with self._alone(cancelled):
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
+                self._make_folder()
                 if not _is(done, target.length, target.sha256):
                     self._bring(_Order(target=target, progress=progress, cancelled=cancelled))
             except Refusal:
@@ -107,14 +107,38 @@ class BundleDownloads:
                 self._raise_disk(error, target.sha256)
         return str(done)
 
+    def _make_folder(self) -> None:
+        if not self._folder.exists():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            flush_folder(self._folder.parent)  # a download is finished only when all names on its path stay
+
+    def has_room(self, target: Target) -> bool:
+        held = length_of(self._file(target, ".part"))
+        try:
+            return self._has_room(space_needed(target.length, held))
+        except OSError:  # the folder is made by the first download
+            return True
+
     def discard(self, sha256: str) -> None:
         check_name("sha256", sha256, SHA256_HEX)
         for suffix in SUFFIXES:
-            (self._folder / f"{sha256}{suffix}").unlink(missing_ok=True)
+            try:
+                (self._folder / f"{sha256}{suffix}").unlink(missing_ok=True)
+            except OSError as error:  # a disk that became read-only
+                log.warning("what is left of a download stays: %s", error)
+
+    def collect(self, keep: Sequence[str]) -> None:
+        for left in self._folder.glob("*"):
+            if left.name.partition(".")[0] not in keep:
+                try:
+                    left.unlink(missing_ok=True)
+                except OSError as error:  # as above
+                    log.warning("what is left of a download stays: %s", error)
 
     def _bring(self, order: _Order) -> None:
         self._wait_first(order.target)
         came = self._by_delta(order) or self._whole(order)
+        flush_file(came)  # what a delta made is not on the disk yet
         came.replace(self._file(order.target, ".ewb"))
         flush_folder(self._folder)
         for suffix in SUFFIXES[1:]:
@@ -155,7 +179,7 @@ class BundleDownloads:
         target, delta = order.target, offer.delta
         path = f"{BUNDLES_PATH}/{target.sha256}?from={offer.base}&method={delta.method}"
         came, made = self._file(target, ".delta"), self._file(target, ".made")
-        if self._receive(order, self._server, path, came, delta.length, patient=False) != delta.sha256:
+        if self._receive_anew(order, path, came, (delta.length, delta.sha256), patient=False) != delta.sha256:
             raise Unusable(RejectReason.HASH_MISMATCH, "its bytes are not the signed ones")
         trouble = self._rebuild(offer, came, made, target.length)
         if trouble:
@@ -195,14 +219,9 @@ class BundleDownloads:
         return part
 
     def _from_server(self, order: _Order, part: Path) -> None:
-        held, path = length_of(part), f"{BUNDLES_PATH}/{order.target.sha256}"
+        path, signed = f"{BUNDLES_PATH}/{order.target.sha256}", (order.target.length, order.target.sha256)
         try:
-            digest = self._receive(order, self._server, path, part, order.target.length)
-            if digest != order.target.sha256 and held:
-                # A power cut may have left a hole in the part that was here; only a fresh copy tells on the server.
-                log.info("the part of %s that was on disk is damaged; starting over", order.target.sha256)
-                part.unlink()
-                digest = self._receive(order, self._server, path, part, order.target.length)
+            digest = self._receive_anew(order, path, part, signed)
         except Unusable as failed:
             raise Refusal(failed.reason, failed.detail) from failed
         if digest != order.target.sha256:
@@ -229,6 +248,21 @@ class BundleDownloads:
         self._distrusted.add(mirror.url)
         self._tell(order.target, f"mirror {mirror.url} sends other bytes than were signed, and is asked no more")
         return False
+
+    def _receive_anew(
+        self, order: _Order, path: str, part: Path, signed: tuple[int, str], *, patient: bool = True
+    ) -> str:
+        """Receive what has this length and SHA-256 from the server; from the start where what was here spoiled it.
+
+        A power cut may have left a hole in the part that was here; only a fresh copy tells on the server.
+        """
+        held, (length, sha256) = length_of(part), signed
+        digest = self._receive(order, self._server, path, part, length, patient=patient)
+        if digest != sha256 and held:
+            log.info("%s, on disk in part, is damaged; starting over", part.name)
+            part.unlink()
+            digest = self._receive(order, self._server, path, part, length, patient=patient)
+        return digest
 
     def _receive(
         self, order: _Order, server: HttpsServer, path: str, part: Path, length: int, *, patient: bool = True

@@ -5,12 +5,16 @@ line that a power cut left half is skipped.
 """
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
+from agent.adapters.atomic_file import write_atomically
 from agent.local_api import Step
+from agent.ports import Trouble
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +32,10 @@ class HistoryFile:
         """Append a step."""
         try:
             self._make_room()
-            with self._path.open("ab") as file:
-                file.write(msgspec.json.encode(step) + b"\n")
-        except OSError as error:
+            with self._path.open("a+b") as file:
+                begun = b"" if _ends_with_a_line(file) else b"\n"  # else the half line would swallow this one
+                file.write(begun + msgspec.json.encode(step) + b"\n")
+        except (OSError, Trouble) as error:
             log.warning("the history misses a step: %s", error)
 
     def newest(self, limit: int, model: str = "") -> tuple[Step, ...]:
@@ -58,6 +63,11 @@ class HistoryFile:
     def _make_room(self) -> None:
         if self._path.exists() and self._path.stat().st_size > MAX_FILE:
             lines = self._lines()
-            kept = self._path.with_suffix(".tmp")
-            kept.write_bytes(b"\n".join(lines[len(lines) // 2 :]) + b"\n")
-            kept.replace(self._path)
+            write_atomically(self._path, b"\n".join(lines[len(lines) // 2 :]) + b"\n")
+
+
+def _ends_with_a_line(file: IO[bytes]) -> bool:
+    if not file.seek(0, os.SEEK_END):
+        return True
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"

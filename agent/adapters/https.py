@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from typing import NoReturn
 from urllib.parse import urlsplit
 
@@ -25,8 +26,15 @@ MAX_RETRY_AFTER = 24 * 3600.0  # seconds; a server cannot silence a device for l
 CHUNK = 64 * 1024
 _POOL = 2  # connections kept: metadata may be asked for while a bundle comes in
 
+NOT_YET_VALID, EXPIRED = 9, 10  # X509_V_ERR_… of OpenSSL, as `ssl.SSLCertVerificationError.verify_code` gives them
+TOKEN_SLACK = 30.0  # seconds that a token's time may be off before the server's own is taken
+
 Response = urllib3.BaseHTTPResponse
 BrokenOff = (Weather, urllib3.exceptions.HTTPError)  # what reading an answer may raise before `open` makes it Weather
+
+
+class NotYetValid(Weather):
+    """A certificate is of the future, by this device's clock."""
 
 
 class HttpsServer:
@@ -49,17 +57,36 @@ class HttpsServer:
         self._read_timeout = read_timeout
         self._pool: urllib3.HTTPConnectionPool | None = None
         self._context: ssl.SSLContext | None = None
+        self._told: tuple[float, float] | None = None  # the server's time (s) and ours (monotonic) when it was said
+
+    @property
+    def time_there(self) -> int | None:
+        """Return the server's time (UTC ms), if it ever refused a token of ours and so gave reason to look at it."""
+        told = self._told
+        return None if told is None else int(1000 * (told[0] + self._monotonic() - told[1]))
 
     @contextmanager
     def open(
         self, path: str, *, body: bytes | None = None, headers: dict[str, str] | None = None
     ) -> Iterator[Response]:
         """Yield the answer, whatever its status; raise `Weather` when there is none or it breaks off."""
-        sent = {"Accept-Encoding": "identity", "User-Agent": "edgewarden-agent", **(headers or {})}
+        response = self._answer(path, body, headers or {})
+        if response.status == HTTPStatus.UNAUTHORIZED and self._authorise is not None and self._hears_time(response):
+            response.close()
+            response = self._answer(path, body, headers or {})
+        try:
+            yield response
+        except (urllib3.exceptions.HTTPError, ssl.SSLError) as error:
+            raise Weather(f"{self.url} broke off: {error}") from error
+        finally:
+            response.close()  # a body that was not read to its end must not be taken for the next answer
+
+    def _answer(self, path: str, body: bytes | None, headers: dict[str, str]) -> Response:
+        sent = {"Accept-Encoding": "identity", "User-Agent": "edgewarden-agent", **headers}
         if self._authorise is not None:
             sent["Authorization"] = f"Bearer {self._authorise()}"
         try:
-            response = self._connections().request(
+            return self._connections().request(
                 "GET" if body is None else "POST",
                 path,
                 body=body,
@@ -71,13 +98,16 @@ class HttpsServer:
                 timeout=urllib3.Timeout(connect=CONNECT_TIMEOUT, read=self._read_timeout),
             )
         except urllib3.exceptions.HTTPError as error:
-            raise Weather(f"{self.url} did not answer: {error}") from error
+            raise _unanswered(self.url, error) from error
+
+    def _hears_time(self, response: Response) -> bool:
+        """Take the time that a refusal came with, when it is news: the token may have been of another time."""
         try:
-            yield response
-        except (urllib3.exceptions.HTTPError, ssl.SSLError) as error:
-            raise Weather(f"{self.url} broke off: {error}") from error
-        finally:
-            response.close()  # a body that was not read to its end must not be taken for the next answer
+            there = parsedate_to_datetime(response.headers.get("Date", "")).timestamp()
+        except (ValueError, TypeError):
+            return False
+        known, self._told = self.time_there, (there, self._monotonic())
+        return known is None or abs(known / 1000 - there) > TOKEN_SLACK
 
     def chunks(self, response: Response, size: Callable[[], int] = lambda: CHUNK) -> Iterator[bytes]:
         """Yield the body as it comes in, ``size`` bytes at a time at most; raise `Weather` when it is too slow."""
@@ -155,6 +185,21 @@ class Mirror(HttpsServer):
             else:
                 self._pool = urllib3.HTTPSConnectionPool(host, address.port, maxsize=_POOL, ssl_context=self._tls())
         return self._pool
+
+
+def _unanswered(url: str, error: urllib3.exceptions.HTTPError) -> Weather:
+    """Say why there is no answer; of a certificate's dates, what this device's clock has to do with it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        inner = next((each for each in cause.args if isinstance(each, BaseException)), None)
+        cause = inner or cause.__cause__ or cause.__context__
+    code = cause.verify_code if cause is not None else 0
+    text = f"{url} did not answer: {error}"
+    if code in (NOT_YET_VALID, EXPIRED):
+        text += (
+            f". By the clock of this device it is {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC: is that so?"
+        )
+    return NotYetValid(text) if code == NOT_YET_VALID else Weather(text)
 
 
 def raise_weather(response: Response, what: str) -> NoReturn:

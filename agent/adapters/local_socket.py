@@ -61,7 +61,8 @@ class LocalServer:
         self._socket.close()
         if self._thread.is_alive():
             self._thread.join()
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that became read-only keeps the name
+            self._path.unlink(missing_ok=True)
 
     def _accept_all(self) -> None:
         while True:

@@ -6,7 +6,6 @@ first asked for in this process, so that one damaged on disk is never loaded. Wh
 """
 
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +13,12 @@ from types import MappingProxyType
 
 import msgspec
 
-from agent.adapters.atomic_file import flush_folder, read_capped, write_atomically
+from agent.adapters.atomic_file import flush_file, flush_folder, read_capped, remove_leftovers, write_atomically
 from agent.core.rungs import Rung, choose
 from agent.ports import Refusal, StoredModel, Trouble
 from protocol.bundle import digest_of_stream
 from protocol.manifest import MANIFEST_NAME, BadManifest, Manifest, decode_manifest
-from protocol.names import MAX_MANIFEST, SHA256_HEX, check_name
+from protocol.names import MAX_MANIFEST, SHA256_HEX, IllegalName, check_name
 from protocol.states import RejectReason
 
 log = logging.getLogger(__name__)
@@ -38,8 +37,10 @@ class FolderStore:
         self._pointer = root / "active.json"
         self._verified: dict[str, StoredModel] = {}
         self._delegates = delegates
+        self.lost = ""  # a sentence, when there is a pointer and it cannot be read
         self._models.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self._models / _STAGING, ignore_errors=True)
+        remove_leftovers(self._models)
 
     def stage(self, digest: str) -> str:
         """Return a fresh, empty folder to unpack a candidate into."""
@@ -53,7 +54,7 @@ class FolderStore:
         staged = self._models / _STAGING / check_name("digest", digest, SHA256_HEX)
         manifest = _verify(staged)
         for name in (MANIFEST_NAME, *manifest.members):
-            _sync_file(staged / name)
+            flush_file(staged / name)
         flush_folder(staged)
         final = self._models / digest
         shutil.rmtree(final, ignore_errors=True)
@@ -62,7 +63,10 @@ class FolderStore:
         return self._remember(digest, manifest)
 
     def find(self, digest: str) -> StoredModel | None:
-        """Return a stored bundle whose every member still has its hash, or None (a damaged one is removed)."""
+        """Return a stored bundle whose every member still has its hash, or None.
+
+        A damaged one is removed; one that the disk does not let us read now may be whole, and stays.
+        """
         if digest in self._verified:
             return self._verified[digest]
         folder = self._models / check_name("digest", digest, SHA256_HEX)
@@ -70,6 +74,9 @@ class FolderStore:
             return None
         try:
             return self._remember(digest, _verify(folder))
+        except _Unread as unread:
+            log.error("stored bundle %s cannot be read now: %s", digest[:16], unread.detail)
+            return None
         except Refusal as refusal:
             log.error("stored bundle %s is damaged and removed: %s", digest[:16], refusal.detail)
             shutil.rmtree(folder, ignore_errors=True)
@@ -85,9 +92,12 @@ class FolderStore:
     def active(self) -> Mapping[str, str]:
         """Return {model: digest} of the active pointer; an unreadable pointer counts as empty, and is said."""
         try:
-            return msgspec.json.decode(read_capped(self._pointer, MAX_POINTER) or b"{}", type=dict[str, str])
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            log.error("%s is unreadable, no model is active: %s", self._pointer, error)
+            data = read_capped(self._pointer, MAX_POINTER)
+            return {} if data is None else _decode_pointer(data)
+        except (msgspec.DecodeError, UnicodeDecodeError, IllegalName, Trouble) as error:
+            if not self.lost:
+                log.error("%s is unreadable, no model is active: %s", self._pointer, error)
+            self.lost = f"{self._pointer} is unreadable: {error}"
             return {}
 
     def activate(self, model: str, digest: str | None) -> None:
@@ -98,14 +108,13 @@ class FolderStore:
         write_atomically(self._pointer, msgspec.json.encode(pointer, order="sorted"))
 
     def collect(self, keep: Sequence[str]) -> None:
-        """Remove stored bundles and leftovers except these digests."""
-        for folder in self._models.iterdir():
-            if folder.name.endswith(_BENCH):
-                if folder.name.removesuffix(_BENCH) not in keep:
-                    folder.unlink(missing_ok=True)
-            elif folder.name not in keep:
-                self._verified.pop(folder.name, None)
-                shutil.rmtree(folder, ignore_errors=True)
+        """Remove stored bundles and leftovers except these digests; what the disk does not let go stays."""
+        try:
+            for entry in tuple(self._models.iterdir()):
+                if entry.name.removesuffix(_BENCH) not in keep:
+                    self._remove(entry)
+        except OSError as error:
+            log.warning("bundles that are no longer needed stay: %s", error)
 
     def check_all(self) -> Sequence[tuple[StoredModel, str]]:
         """Hash every stored bundle again; return each with what is wrong with it, or nothing.
@@ -113,6 +122,13 @@ class FolderStore:
         A damaged one stays: it may be loaded, and what is in memory is whole. The next start leaves it out.
         """
         return [(stored, _damage_of(Path(stored.folder))) for stored in tuple(self._verified.values())]
+
+    def _remove(self, entry: Path) -> None:
+        self._verified.pop(entry.name, None)
+        if entry.name.endswith(_BENCH):
+            entry.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
 
     def _remember(self, digest: str, manifest: Manifest) -> StoredModel:
         folder = str(self._models / digest)
@@ -132,9 +148,21 @@ class FolderStore:
         """Return what was measured; a file that cannot be read is as good as none."""
         try:
             return msgspec.json.decode(read_capped(self._bench(digest), MAX_POINTER) or b"[]", type=list[Rung])
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, Trouble) as error:
             log.warning("what was measured of %s is unreadable: %s", digest[:16], error)
             return ()
+
+
+class _Unread(Refusal):
+    """The disk does not let us read a bundle now; what is on it may be whole."""
+
+
+def _decode_pointer(data: bytes) -> dict[str, str]:
+    """Return {model: digest}; raise `msgspec.DecodeError` or `IllegalName` for what no agent wrote."""
+    pointer = msgspec.json.decode(data, type=dict[str, str])
+    for digest in pointer.values():
+        check_name("digest", digest, SHA256_HEX)
+    return pointer
 
 
 def _damage_of(folder: Path) -> str:
@@ -153,14 +181,8 @@ def _verify(folder: Path) -> Manifest:
             with (folder / name).open("rb") as member:
                 if digest_of_stream(member) != expected:
                     raise Refusal(RejectReason.HASH_MISMATCH, f"{name} has changed on disk")
-    except (OSError, Trouble, BadManifest) as error:
+    except (FileNotFoundError, IsADirectoryError, BadManifest) as error:
         raise Refusal(RejectReason.BAD_BUNDLE, f"{folder.name[:16]}: {error}") from error
+    except (OSError, Trouble) as error:
+        raise _Unread(RejectReason.BAD_BUNDLE, f"{folder.name[:16]}: {error}") from error
     return manifest
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -26,7 +26,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.core.retry import BackOff
-from agent.ports import EVENTS, TELEMETRY, Trouble
+from agent.ports import EVENTS, REPLIES, TELEMETRY, Trouble
 from protocol.names import MAX_DESIRED_MESSAGE
 from protocol.topics import SERVER_STATE, Channel, device_topic, everything_of
 
@@ -40,8 +40,12 @@ STABLE_AFTER = 60.0  # seconds a connection must have lasted before the back-off
 CONNECT_TIMEOUT = 10.0  # seconds for TCP and TLS, and again for the broker's answer
 MAX_PACKET = MAX_DESIRED_MESSAGE + 1024  # bytes; the payload with its topic and properties
 _TICK = 1.0  # seconds; how often keepalive and deadlines are looked at
-_CHANNELS = {TELEMETRY: Channel.TELEMETRY, EVENTS: Channel.EVENT}
+_CHANNELS = {TELEMETRY: Channel.TELEMETRY, EVENTS: Channel.EVENT, REPLIES: Channel.REPLY}
 _STOPPED = "the agent stopped"
+
+
+def _ignore(_payload: bytes) -> None:
+    """Do nothing about a message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,7 @@ class Ears:
     on_published: Callable[[str, int], None]  # the broker has a record
     on_unpublished: Callable[[str, int, str], None]  # the broker refused a record, and why
     on_trouble: Callable[[Trouble], None]  # the broker refuses what this device is entitled to
+    on_command: Callable[[bytes], None] = _ignore  # simulated devices take none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +126,10 @@ class MqttUplink:
         """Publish the birth again, because what it says has changed. Each new connection publishes it anyway."""
         self._mailbox.announce()
 
+    def reconnect(self) -> None:
+        """End the connection and make a new one: the certificate has changed."""
+        self._mailbox.reconnect()
+
     def publish(self, stream: str, number: int, payload: bytes) -> bool:
         if stream not in _CHANNELS:
             raise ValueError(f"stream {stream!r} is unknown; known are {sorted(_CHANNELS)}")
@@ -181,6 +190,7 @@ class _Parties:
         self.deliver: dict[str, Callable[[bytes], None]] = {
             device_topic(device, Channel.DESIRED): ears.on_desired,
             device_topic(device, Channel.ACKNOWLEDGEMENT): ears.on_acknowledgement,
+            device_topic(device, Channel.COMMAND): ears.on_command,
             SERVER_STATE: ears.on_server_state,
         }
         self._told = ""
@@ -220,6 +230,7 @@ class _Mailbox:
         self._in_flight: set[tuple[str, int]] = set()
         self._outbox: deque[tuple[str, int, bytes]] = deque()
         self._announcing = False
+        self._reconnecting = False
 
     @property
     def connected(self) -> bool:
@@ -244,6 +255,18 @@ class _Mailbox:
         with self._lock:
             self._announcing = True
         self._wake()
+
+    def reconnect(self) -> None:
+        """Ask for another connection."""
+        with self._lock:
+            self._reconnecting = True
+        self._wake()
+
+    def take_reconnection(self) -> bool:
+        """Tell whether another connection was asked for."""
+        with self._lock:
+            asked, self._reconnecting = self._reconnecting, False
+            return asked
 
     def stop(self, deadline: float) -> None:
         """Ask for the end."""
@@ -408,6 +431,8 @@ class _Connection:
             self._leave()
         if not self._mailbox.connected:
             return
+        if self._mailbox.take_reconnection():
+            self._end("the certificate was renewed")
         if self._has_room() and self._mailbox.take_announcement():
             self._say(self._parties.words.birth)
         while self._has_room() and (record := self._mailbox.take_record()):

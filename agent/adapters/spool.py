@@ -6,10 +6,10 @@ file is a new series of numbers to the server. A file that cannot be read is mov
 
 The size is bounded. When it is reached, neighbouring reports are merged (by the callable given in; this module does
 not know what a report is), the pair that covers least first, so that resolution degrades evenly; if nothing can be
-merged the oldest report is dropped and counted; events go last. A record that has been handed out for publishing may
-be in the server's database under its number, so it is never merged: a durable mark per stream, set before the first
-record is handed out, says up to where that is. It outlives the process; which records await an acknowledgement on
-*this* connection is kept in memory only.
+merged the oldest report is dropped and counted; then events go, replies last. A record that has been handed out for
+publishing may be in the server's database under its number, so it is never merged: a durable mark per stream, set
+before the first record is handed out, says up to where that is. It outlives the process; which records await an
+acknowledgement on *this* connection is kept in memory only.
 """
 
 import logging
@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from agent.adapters.atomic_file import PRIVATE, flush_folder
-from agent.ports import EVENTS, TELEMETRY, Trouble
+from agent.ports import EVENTS, REPLIES, TELEMETRY, Trouble
 
 log = logging.getLogger(__name__)
 
@@ -64,13 +64,13 @@ class SqliteSpool:
 
     def __init__(
         self,
-        path: Path,
+        path: Path | None,
         *,
         merge: Merge,
         limit: int = DEFAULT_LIMIT,
         new_id: Callable[[], str] = lambda: secrets.token_hex(8),
     ) -> None:
-        """Open or make the file; raise `Trouble` when the disk refuses.
+        """Open or make the file; raise `Trouble` when the disk refuses. None: in memory, until `move_to`.
 
         ``limit``: bytes of records; ``merge``: (older, newer) -> one payload, or None. `replaced` then says where an
         unreadable file went, or is None.
@@ -78,8 +78,13 @@ class SqliteSpool:
         self._lock = threading.RLock()
         self._merge = merge
         self._limit = limit
+        self._new_id = new_id
+        self._in_memory = path is None
+        self._take(*((_open_in_memory(new_id), None) if path is None else _open_or_replace(path, new_id)))
+
+    def _take(self, database: sqlite3.Connection, replaced: Path | None) -> None:
         self._unmergeable: set[Pair] = set()
-        self._database, self.replaced = _open_or_replace(path, new_id)
+        self._database, self.replaced = database, replaced
         self._id, self._dropped = self._database.execute("SELECT id, dropped FROM spool").fetchone()
         self._size: int = self._database.execute(
             "SELECT coalesce(sum(length(payload) + ?), 0) FROM record", (RECORD_OVERHEAD,)
@@ -88,6 +93,25 @@ class SqliteSpool:
     @property
     def id(self) -> str:
         return str(self._id)
+
+    @property
+    def in_memory(self) -> bool:
+        """Tell whether a power cut loses what is here."""
+        return self._in_memory
+
+    def move_to(self, path: Path) -> bool:
+        """Go on in a file, with the series of numbers that it has; raise `Trouble` when the disk still refuses.
+
+        False while something waits here: a number belongs to its series, and may be on its way already.
+        """
+        with self._lock:
+            if self.depth(EVENTS) or self.depth(TELEMETRY):
+                return False
+            opened = _open_or_replace(path, self._new_id)
+            self._database.close()
+            self._take(*opened)
+            self._in_memory = False
+        return True
 
     def close(self) -> None:
         """Close the file; a later call of anything else raises `Trouble`."""
@@ -133,9 +157,13 @@ class SqliteSpool:
             database.execute("DELETE FROM temp.published")
 
     def depth(self, stream: str) -> int:
-        with self._transaction() as database:
-            count: int = database.execute("SELECT count(*) FROM record WHERE stream = ?", (stream,)).fetchone()[0]
-        return count
+        """Count records; asked by people too, hence also on a disk that takes no writes."""
+        with self._lock:
+            try:
+                found = self._database.execute("SELECT count(*) FROM record WHERE stream = ?", (stream,)).fetchone()
+            except sqlite3.Error as error:
+                raise _refused(error) from error
+        return int(found[0])
 
     def dropped(self) -> int:
         with self._lock:
@@ -190,7 +218,7 @@ class SqliteSpool:
         return payload
 
     def _drop_one(self) -> bool:
-        for stream, keep in ((TELEMETRY, 0), (EVENTS, 1)):
+        for stream, keep in ((TELEMETRY, 0), (EVENTS, 1), (REPLIES, 1)):
             oldest = self._database.execute(
                 "SELECT number, covers FROM record WHERE stream = ? ORDER BY number LIMIT 1", (stream,)
             ).fetchone()
@@ -252,7 +280,7 @@ class SqliteSpool:
                 with suppress(sqlite3.Error):  # SQLite may have rolled back by itself
                     self._database.execute("ROLLBACK")
                 if isinstance(error, sqlite3.Error):
-                    raise Trouble(f"the spool cannot be used: {error}", remedy="Is the disk full or worn?") from error
+                    raise _refused(error) from error
                 raise
 
 
@@ -262,10 +290,37 @@ def _open_or_replace(path: Path, new_id: Callable[[], str]) -> tuple[sqlite3.Con
         return _open(path, new_id), None
     except sqlite3.DatabaseError as error:
         if isinstance(error, sqlite3.OperationalError) and not _damaged(error):
-            raise Trouble(f"cannot open {path}: {error}", remedy="Check the disk and who owns the folder") from error
+            raise _cannot_open(path, error) from error
+        return _begin_anew(path, new_id, error)
+    except OSError as error:
+        raise _cannot_open(path, error) from error
+
+
+def _begin_anew(path: Path, new_id: Callable[[], str], why: Exception) -> tuple[sqlite3.Connection, Path | None]:
+    try:
         aside = _move_aside(path)
-        log.error("%s was unreadable (%s); it is now %s and a new spool begins", path, error, aside)
+        log.error("%s was unreadable (%s); it is now %s and a new spool begins", path, why, aside)
         return _open(path, new_id), aside
+    except (sqlite3.Error, OSError) as error:
+        raise _cannot_open(path, error) from error
+
+
+def _cannot_open(path: Path, error: Exception) -> Trouble:
+    return Trouble(
+        f"cannot open {path}: {error}",
+        remedy="Check that the disk is neither full nor read-only, and who owns the folder",
+    )
+
+
+def _refused(error: Exception) -> Trouble:
+    return Trouble(f"the spool cannot be used: {error}", remedy="Check that the disk is neither full nor read-only")
+
+
+def _open_in_memory(new_id: Callable[[], str]) -> sqlite3.Connection:
+    database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    _configure(database)
+    _create(database, new_id())
+    return database
 
 
 def _damaged(error: sqlite3.OperationalError) -> bool:

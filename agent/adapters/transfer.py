@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from agent.adapters.allowance import Allowance
+from agent.adapters.atomic_file import flush_folder
 from agent.adapters.https import CHUNK, BrokenOff, HttpsServer, Response, raise_weather
 from agent.core.downloading import Judgement, judge
 from agent.ports import Weather
@@ -48,7 +49,10 @@ class Transfer:
 
         Raises `Weather` (what came is kept), `Unusable` or OSError.
         """
+        is_new = not part.exists()
         with part.open("a+b") as file:
+            if is_new:
+                flush_folder(part.parent)  # what is flushed of it later must have a name
             digest = hash_of(file)
             if file.tell() > self.length:
                 file.truncate(0)

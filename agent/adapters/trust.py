@@ -29,6 +29,7 @@ from agent.adapters.tuf_client import (
     TOP_LEVEL,
     Listing,
     Reading,
+    RoleKeys,
     Source,
     UpdateClient,
     any_expired,
@@ -104,6 +105,10 @@ class TufTrust:
     def clock_floor(self) -> int:
         """Return the UTC ms before which it cannot be: the newest ``issued`` that was accepted."""
         return self._memory.state.issued
+
+    def command_keys(self) -> RoleKeys:
+        """Return who may sign commands: the Director's targets keys, by the newest root that was verified."""
+        return self._director.targets_keys(self._memory.state.director)
 
     @property
     def lost(self) -> str:

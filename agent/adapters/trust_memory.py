@@ -7,6 +7,7 @@ is refused all the same. What may be remembered is decided in `trust.py`.
 
 import hashlib
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -112,25 +113,33 @@ class TrustMemory:
         )
 
     def _stored_state(self) -> State | None:
-        data = read_capped(self._state_file, _MAX_STATE)
-        if data is None:
-            return None
         try:
+            data = read_capped(self._state_file, _MAX_STATE)
+            if data is None:
+                return None
             state = _opened(data, State)
-        except _Damaged as damaged:
-            aside = self._state_file.with_suffix(".damaged")
-            self.lost = f"{self._state_file} is damaged: {damaged}; it is kept as {aside.name}"
-            self._state_file.replace(aside)
+        except (_Damaged, Trouble) as damaged:
+            self.lost = f"{self._state_file} is damaged: {damaged}; {self._move_aside()}"
             return None
         if state.format != _FORMAT:
             raise Trouble(f"{self._state_file} has format {state.format}, this agent reads {_FORMAT}", remedy=_FORGET)
         return state
 
+    def _move_aside(self) -> str:
+        """Keep a damaged state for people to look at, where the disk lets us; return what became of it."""
+        aside = self._state_file.with_suffix(".damaged")
+        try:
+            self._state_file.replace(aside)
+        except OSError as error:
+            return f"it stays where it is, for {error}"
+        return f"it is kept as {aside.name}"
+
     def _sweep(self) -> None:
-        """Remove what a power cut left behind."""
+        """Remove what a power cut left behind, where the disk lets us."""
         for file in (self._state_file, self._marks_file):
             for leftover in file.parent.glob(f".{file.name}.*.tmp"):
-                leftover.unlink(missing_ok=True)
+                with suppress(OSError):
+                    leftover.unlink(missing_ok=True)
 
 
 class _Damaged(Exception):

@@ -7,7 +7,7 @@ python-tuf neither flushes nor swaps atomically, and half a payload spoils its f
 is remembered, and the caller replaces its memory in one step, or not at all.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 import msgspec
 from tuf.api import exceptions as tuf_errors
-from tuf.api.metadata import Delegations, Metadata, Root, Snapshot, TargetFile, Targets
+from tuf.api.metadata import Delegations, Key, Metadata, Root, Snapshot, TargetFile, Targets
 from tuf.ngclient import FetcherInterface, Updater
 
 from agent.core.agreement import Said
@@ -45,6 +45,15 @@ class Listing:
     expires: datetime
     custom: Mapping[str, object]  # of the signed part
     targets: Mapping[str, Said]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleKeys:
+    """Whose signatures make something a role's word."""
+
+    keys: Sequence[Key]
+    threshold: int
+    expires: datetime  # of the root that says so
 
 
 class UpdateClient:
@@ -88,6 +97,14 @@ class UpdateClient:
     def newest_root(self, files: Files) -> int:
         """Return the version of the newest root that is remembered."""
         return max((_root_number(name) for name in files if is_root(name)), default=version_of(self._first_root))
+
+    def targets_keys(self, files: Files) -> RoleKeys:
+        """Return who speaks for the top-level targets role, by the newest root remembered: it was verified."""
+        text = files.get(f"root_history/{self.newest_root(files)}.root.json")
+        root = Metadata[Root].from_bytes(text.encode() if text is not None else self._first_root).signed
+        found = root.get_delegated_role(Targets.type)
+        keys = tuple(root.get_key(keyid) for keyid in found.keyids)
+        return RoleKeys(keys=keys, threshold=found.threshold, expires=root.expires)
 
     @contextmanager
     def _throw_away(self) -> Iterator[Path]:

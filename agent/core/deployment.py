@@ -28,6 +28,7 @@ MAX_PROBATION_INTERRUPTIONS = 2  # power losses or agent restarts in probation
 MAX_SHADOW_TRIES = 2  # the data plane died while the candidate was compared
 MAX_TAKE_UPS = 30  # targets taken up within LOOP_MS; the next one is a loop: the last committed version serves
 LOOP_MS = 3_600_000  # how far back is counted, and how long a loop is left alone
+ROOM_PAUSE_MS = 300_000  # what the disk could not hold is looked at again after so long; rare enough to be no loop
 
 
 class Event(str, Enum):
@@ -57,7 +58,6 @@ class Event(str, Enum):
 class Effect(str, Enum):
     """What the driver does on entering a state."""
 
-    REST = "rest"  # nothing; wait for an assignment
     ADMIT = "admit"  # does it fit? is it here already?
     DOWNLOAD = "download"  # from the last byte on disk
     DOWNLOAD_LATER = "download-later"  # the same, after a back-off
@@ -187,10 +187,10 @@ TABLE: dict[tuple[DeploymentState, Event], tuple[DeploymentState, Effect]] = {
     (S.ROLLING_BACK, E.PLANE_DIED):    (S.ROLLING_BACK, F.REVERT),
 }
 
-# After the agent was killed in a state: the effect that runs again. SWAPPING and PROBATION are decided in `resume`,
-# the one by the pointer on disk, the other by how often it was interrupted.
+# After the agent was killed in a state: the effect that runs again. IDLE, SWAPPING and PROBATION are decided in
+# `resume`: the first two by the pointer on disk, the last by how often it was interrupted.
 RESUME: dict[DeploymentState, Effect] = {
-    S.IDLE:         F.REST,
+    S.IDLE:         F.TIDY,       # unless the pointer still names what was withdrawn
     S.VERIFIED:     F.ADMIT,
     S.DOWNLOADING:  F.DOWNLOAD,   # goes on from the last byte on disk
     S.STAGED:       F.CHECK_ROOM,
@@ -240,6 +240,8 @@ def resume(record: Deployment, active_digest: str | None, now: int) -> tuple[Dep
             detail = f"the agent was stopped {counted.interruptions} times in probation"
             return _enter(counted, S.ROLLING_BACK, F.REVERT, RejectReason.INTERRUPTED, detail, now=now)
         return counted, F.WATCH
+    if record.state is S.IDLE and record.serving is None and active_digest is not None:
+        return record, F.REMOVE
     return record, RESUME[record.state]
 
 
@@ -248,7 +250,8 @@ def should_pursue(record: Deployment, target: Target, now: int) -> bool:
 
     It is not while an undivided step runs (ask again after it), nor when it is under way, serves, or is a (digest,
     attempt) that failed: only a higher attempt tries that again, or the repositories' taking back what they said
-    against it. After a loop nothing is news for a while, unless a person forces it.
+    against it. What is under way starts over for a higher attempt on other terms: forced, say, while it waits for its
+    hour. After a loop nothing is news for a while, unless a person forces it.
     """
     if record.state in UNDIVIDED or (is_left_alone(record, now) and not target.assignment.forced):
         return False
@@ -261,7 +264,7 @@ def should_pursue(record: Deployment, target: Target, now: int) -> bool:
     if record.state in (S.IDLE, S.SUPERSEDED):
         return True
     withdrawn = record.state is S.REJECTED and record.target.objection is not None
-    return withdrawn or _tries_again(record, record.target, target)
+    return withdrawn or _tries_again(record, record.target, target) or _has_other_terms(record, record.target, target)
 
 
 def _should_turn_down(record: Deployment, target: Target) -> bool:
@@ -280,6 +283,24 @@ def _should_turn_down(record: Deployment, target: Target) -> bool:
 
 def _tries_again(record: Deployment, tried: Target, target: Target) -> bool:
     return record.state in ENDED_BADLY and target.assignment.attempt > tried.assignment.attempt
+
+
+def _has_other_terms(record: Deployment, wanted: Target, target: Target) -> bool:
+    """A person ordered the same again, to be done otherwise; once it serves there is nothing left to change."""
+    before, now = wanted.assignment, target.assignment
+    is_other = (before.forced, before.shadow) != (now.forced, now.shadow)
+    return record.state in IN_FLIGHT and is_other and now.attempt > before.attempt
+
+
+def waits_for_room(record: Deployment, target: Target, now: int) -> bool:
+    """Tell whether a wanted target was turned down for want of room only, and may be looked at again now.
+
+    A full disk is the device's fault and passes; it must not take a new order from the fleet to try again.
+    """
+    turned_down = record.state is S.REJECTED and record.reason is RejectReason.NO_SPACE
+    same = record.target is not None and record.target.sha256 == target.sha256
+    waited = not 0 <= now - record.since < ROOM_PAUSE_MS  # a clock that was set back counts as waited
+    return turned_down and same and waited and target.objection is None
 
 
 def is_left_alone(record: Deployment, now: int) -> bool:

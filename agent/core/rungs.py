@@ -52,6 +52,18 @@ def name(rung: Rung) -> str:
     return f"{rung.runtime.value} x {rung.threads}{kernels}{delegate}"
 
 
+def summary(rungs: Sequence[Rung]) -> str:
+    """Return all that was measured, best first, in one line: the table that the fleet is told."""
+    ordered = sorted(weigh(rungs), key=lambda rung: (bool(rung.error or rung.refused), rung.p50_us))
+    return ", ".join(_told(rung) for rung in ordered)
+
+
+def _told(rung: Rung) -> str:
+    if rung.error or rung.refused:
+        return f"{name(rung)} not: {rung.error or rung.refused}"
+    return f"{name(rung)} {rung.p50_us} us (p95 {rung.p95_us}, {rung.memory / 2**20:.1f} MiB)"
+
+
 def _weighed(rung: Rung, fastest: Rung | None) -> Rung:
     if rung.error or rung.refused or not rung.delegate:
         return rung

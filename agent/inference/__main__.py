@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,9 +112,15 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         "--invoke-seconds", type=float, default=INVOKE_SECONDS, help="a model that takes longer hangs"
     )
     parser.add_argument(
-        "--memory-bytes", type=int, default=0, help="what may be taken beside the runtime's own; 0: all"
+        "--memory-bytes", type=_bytes, default=0, help="what may be taken beside the runtime's own; 0: all"
     )
     parser.add_argument("--feedback-on-tcp", action="store_true", help="take feedback on TCP too, not only on Unix")
+
+
+def _bytes(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes")
+    return int(text)
 
 
 def _positive(text: str) -> int:
@@ -144,6 +150,20 @@ def _limit_memory(options: argparse.Namespace) -> None:
         import_runtime(options.runtime)
     threading.stack_size(STACK_BYTES)
     limit_memory(options.memory_bytes)
+
+
+@contextlib.contextmanager
+def _within(memory_bytes: int) -> Iterator[None]:
+    """Raise `CannotServe` where a memory limit does not even allow to begin: no room for a model, or for a thread."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not memory_bytes:
+            raise
+        why = str(error) or "out of memory"
+        raise CannotServe(
+            f"--memory-bytes {memory_bytes} is too little to serve anything ({why}); allow more, or 0 for no limit"
+        ) from error
 
 
 def _server(
@@ -238,11 +258,17 @@ def _serve_managed(options: argparse.Namespace) -> int:
         on_open=lambda: _open(server, configured, waiting),
         on_drain=lambda: _drain(server, configured),
     )
+    server.on_opened = orders.say_opened
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in a terminal reaches control, which drains this process
     signal.signal(signal.SIGTERM, lambda *_: _drain(server, configured))
-    _limit_memory(options)
-    engine.watchdog.start(lambda hang: _end_for(hang, engine, server, orders))
-    orders.start()
+    try:
+        with _within(options.memory_bytes):
+            _limit_memory(options)
+            engine.watchdog.start(lambda hang: _end_for(hang, engine, server, orders))
+            orders.start()
+    except CannotServe as error:
+        log.critical("%s", error)
+        return EXIT_USAGE
     server.run()
     configured.finish()
     engine.close()
@@ -306,18 +332,19 @@ def _serve_models(options: argparse.Namespace, scratch: Path) -> int:
     configured = Configured(engine)
     try:
         _configure_alone(configured, options)
-        _limit_memory(options)
-        for argument in arguments:
-            repository.serve(argument.servable, argument.read_again)
-        service = Service(engine, repository)
-        beside = _grpc(service, options, shared=False)
-        server = _server(sockets, engine, service, options, managed=False, beside=beside, configured=configured)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: _drain(server, configured))
+        with _within(options.memory_bytes):
+            _limit_memory(options)
+            for argument in arguments:
+                repository.serve(argument.servable, argument.read_again)
+            service = Service(engine, repository)
+            beside = _grpc(service, options, shared=False)
+            server = _server(sockets, engine, service, options, managed=False, beside=beside, configured=configured)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: _drain(server, configured))
+            engine.watchdog.start(lambda hang: _end_for(hang, engine, server))
+            _open(server, configured)
         addresses = (*sockets.addresses(), *([beside.address] if beside else []))
         print(greeting(engine, addresses), flush=True)  # noqa: T201 - this is for the person who started it
-        engine.watchdog.start(lambda hang: _end_for(hang, engine, server))
-        _open(server, configured)
         server.run()
     finally:
         configured.finish()

@@ -22,6 +22,7 @@ from agent.channel import (
     Govern,
     Hung,
     Open,
+    Opened,
     Order,
     Prepare,
     Ready,
@@ -89,6 +90,11 @@ class Orders:
             self._report()
         except ChannelClosed:
             log.warning("control is gone; the last second of statistics is lost")
+
+    def say_opened(self) -> None:
+        """Clients reach this process: the one before it may go."""
+        with contextlib.suppress(ChannelClosed):  # the other thread ends the process
+            self._channel.send(Opened())
 
     def say_hung(self, hang: Hang) -> None:
         """Name the model that this process ends for."""

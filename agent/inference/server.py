@@ -11,7 +11,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import msgspec
@@ -53,7 +53,11 @@ class Server:
         max_connections: int = MAX_CONNECTIONS,
         beside: Beside | None = None,
     ) -> None:
-        """Take over listening sockets; nothing is accepted before `open`."""
+        """Take over listening sockets; nothing is accepted before `open`.
+
+        ``on_opened`` may be set before that; it is called once, from the thread of `run`.
+        """
+        self.on_opened: Callable[[], None] = lambda: None
         self._listeners = tuple(listeners)
         self._routes = routes
         self._limits = limits
@@ -105,6 +109,7 @@ class Server:
                 ready.register(listener, selectors.EVENT_READ, listener)
             if self._beside:
                 self._beside.start()
+            self.on_opened()
 
     # ------------------------------------------------------------ accepting
     def _accept(self, listener: socket.socket) -> None:

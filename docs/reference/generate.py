@@ -1,4 +1,4 @@
-"""Writes cli.md and states.md from the programs themselves: ``python docs/reference/generate.py``.
+"""Writes cli.md, states.md and access.md from the programs themselves: ``python docs/reference/generate.py``.
 
 Looks at parsers, tables and enums instead of capturing help texts, so that the pages do not depend on a terminal or
 on a library's layout. A test makes the pages anew in memory and compares.
@@ -24,6 +24,9 @@ import fleet_server.cli.__main__ as operator_program
 import simulator.__main__ as simulator_program
 from agent.core import deployment
 from agent.core.deployment import Deployment, Happened
+from fleet_server.core.access import Permission, Role, permissions_of
+from fleet_server.web.auth import rule_of
+from fleet_server.web.console_app import console_litestar
 from protocol import states
 
 HERE = Path(__file__).parent
@@ -39,7 +42,7 @@ def main() -> None:
 
 def pages() -> dict[str, str]:
     """Return the text of each page by its file name."""
-    return {"cli.md": _cli_page(), "states.md": _states_page()}
+    return {"cli.md": _cli_page(), "states.md": _states_page(), "access.md": _access_page()}
 
 
 # ---------------------------------------------------------------- command line: what every parser can say
@@ -89,11 +92,12 @@ def _program(whose: str, commands: Iterable[Command], module: Any) -> Program:
 def _cli_page() -> str:
     lines = ["# Command line", "", NOTICE, ""]
     lines += ["Five programs. Each says `--help`. Environment of `edgewarden`: `EDGEWARDEN_SERVER` (address of the"]
+    lines += ["console), `EDGEWARDEN_TOKEN` (an API token, instead of a log-in), `EDGEWARDEN_USER` and"]
     lines += [
-        "console), `EDGEWARDEN_PASSWORD` (logs in by itself), `EDGEWARDEN_CA` (PEM file that signs the console's"
+        "`EDGEWARDEN_PASSWORD` (log in by themselves, as `admin` unless said), `EDGEWARDEN_CA` (PEM file, signs the"
     ]
     lines += [
-        "certificate when it is served over TLS). `edgewarden-agent enroll` takes the token from `EW_TOKEN` when no"
+        "console's certificate, served over TLS). `edgewarden-agent enroll` takes the token from `EW_TOKEN` when no"
     ]
     lines += ["file is named.", ""]
     for program in programs():
@@ -188,6 +192,39 @@ def _typer_option(parameter: Any) -> Option:
     )
 
 
+# ---------------------------------------------------------------- who may do what
+def _access_page() -> str:
+    lines = ["# Roles and permissions", "", NOTICE, ""]
+    lines += [
+        "How to give them: [users, roles and tokens](../how-to/users-and-roles.md). A permission is also a scope of"
+    ]
+    lines += ["API tokens; a token never has more than its user has.", "", "## Roles", ""]
+    lines += ["| permission | " + " | ".join(role.value for role in Role) + " | lets one |"]
+    lines += ["|---|" + "---|" * (len(Role) + 1)]
+    for permission, said in _members(Permission):
+        marks = [("yes" if permission in permissions_of(role) else "") for role in Role]
+        lines += [f"| {permission.value} | {' | '.join(marks)} | {said} |"]
+    lines += [
+        "",
+        "## Routes",
+        "",
+        "*anybody* needs no log-in, *known* any user or API token, *person* a log-in and no",
+    ]
+    lines += ["API token. Where a key is *kept*, an `Idempotency-Key` makes a repeat safe for a day.", ""]
+    lines += ["| route | needs | repeats |", "|---|---|---|", *sorted(_routes())]
+    return "\n".join(lines) + "\n"
+
+
+def _routes() -> Iterator[str]:
+    nothing: Any = None  # nothing is asked of them before a request comes
+    for route in console_litestar(nothing, nothing).routes:
+        for method, (handler, _) in getattr(route, "route_handler_map", {}).items():
+            rule = rule_of(handler)
+            if method != "OPTIONS" and rule is not None:
+                kept = "kept" if handler.opt.get("repeatable") else ""
+                yield f"| `{route.path} {method}` | {rule.value} | {kept} |"
+
+
 # ---------------------------------------------------------------- states
 def _states_page() -> str:
     lines = ["# States, reasons, events", "", NOTICE, "", "## Where an update stands on a device", ""]
@@ -221,6 +258,7 @@ _LISTS: tuple[tuple[type[Enum], str, str], ...] = (
     (deployment.Effect, "What the agent does on entering a state", "The effects of the machine."),
     (states.RejectReason, "Why a device refused or gave up", "Beside a state, and in events."),
     (states.EventKind, "What an event is about", "Shown by `edgewarden events`."),
+    (states.CommandState, "What became of a command", "Shown by `edgewarden commands`."),
     (states.PresenceState, "What the server believes of a connection", "Shown by `edgewarden devices list`."),
 )
 

@@ -35,9 +35,9 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from fleet_server.adapters.authority import TlsFiles
-from fleet_server.adapters.broker_rights import CONTROL_TOPIC, RESPONSE_TOPIC, admission
+from fleet_server.adapters.broker_rights import CONTROL_TOPIC, RESPONSE_TOPIC, admission, expulsion
 from protocol.codec import encode
-from protocol.messages import Acknowledgement, DesiredState, ServerState
+from protocol.messages import Acknowledgement, CommandEnvelope, DesiredState, ServerState
 from protocol.topics import SERVER_STATE, Channel, device_topic, every_device, shared
 
 RECEIVE_MAXIMUM = 1000  # messages the broker may have under way to us; the rest waits there
@@ -46,6 +46,8 @@ COMMAND_TIMEOUT = 10.0  # seconds the broker has to answer a dynamic-security co
 FIRST_DELAY, LAST_DELAY = 0.5, 10.0  # seconds between attempts to connect, doubling, with full jitter
 ADMIT_AT_ONCE = 50  # devices in one command: the plugin writes its whole file after each, and the broker waits
 OWED_EVERY = 5.0  # seconds between attempts to admit those whose admission failed
+TAKE_OVER_TIMEOUT = 5.0  # seconds the broker has to let us in under a device's name
+_AS_WISHED = ("already exists", "not found")  # how the errors of what is so already end
 MAX_RESPONSE = 16 * 1024 * 1024  # bytes of a dynamic-security answer
 _SUBSCRIPTIONS = (
     shared(every_device(Channel.TELEMETRY)),
@@ -79,7 +81,8 @@ class BrokerLink:
 
     ``on_message(topic, payload, acknowledge)`` is called on the network thread and must not wait. False means "not
     now": it is offered again soon, and meanwhile the broker holds back what exceeds the Receive Maximum.
-    ``on_connected`` is called on the errands thread after each connection. ``jitter`` returns 0…1.
+    ``on_connected`` is called on the errands thread after each connection. ``jitter`` returns 0…1. ``on_desired`` is
+    for those who count the desired states that were sent.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class BrokerLink:
         jitter: Callable[[], float],
         on_message: OnMessage,
         on_connected: Callable[[], None],
+        on_desired: Callable[[], None] = lambda: None,
     ) -> None:
         self._address = address
         self._epoch = epoch
@@ -98,8 +102,10 @@ class BrokerLink:
         self._jitter = jitter
         self._on_message = on_message
         self._on_connected = on_connected
+        self._on_desired = on_desired
         self._connection: _Connection | None = None
         self._owed: set[str] = set()
+        self._to_expel: set[str] = set()
         self._errands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._threads = [
@@ -132,15 +138,44 @@ class BrokerLink:
     # ------------------------------------------------------------ ports.Uplink
     def publish_desired(self, device_id: str, message: DesiredState) -> None:
         """Without a connection nothing is sent: `on_connected` is the occasion to publish everything again."""
-        self._publish(device_topic(device_id, Channel.DESIRED), encode(message), qos=1, retain=True)
+        if self._publish(device_topic(device_id, Channel.DESIRED), encode(message), qos=1, retain=True):
+            self._on_desired()
 
     def acknowledge(self, device_id: str, acknowledgement: Acknowledgement) -> None:
         """Lost acknowledgements are no harm: they are cumulative."""
         self._publish(device_topic(device_id, Channel.ACKNOWLEDGEMENT), encode(acknowledgement), qos=0)
 
+    def send_command(self, device_id: str, envelope: CommandEnvelope, *, life_seconds: int) -> None:
+        """Without a connection nothing is sent: `on_connected` is the occasion to send everything that waits."""
+        self._publish(device_topic(device_id, Channel.COMMAND), encode(envelope), qos=1, life_seconds=life_seconds)
+
     def admit(self, device_id: str) -> None:
         """Return when the broker has let the device in; when it cannot now, that is tried again until it can."""
         self._admit((device_id,))
+
+    def expel(self, device_id: str) -> bool:
+        """Shut a device out now; when the broker cannot be reached, that is tried again until it can."""
+        self._owed.discard(device_id)
+        try:
+            self._command(expulsion(device_id))
+            _take_over(self._address, device_id)
+        except (Unavailable, OSError) as error:
+            _log.warning("device %s is to be shut out of the broker: %s", device_id, error)
+            self._to_expel.add(device_id)
+            return False
+        self._to_expel.discard(device_id)
+        self._publish(device_topic(device_id, Channel.DESIRED), b"", qos=1, retain=True)
+        return True
+
+    def expel_all(self, device_ids: Sequence[str]) -> None:
+        """Shut out those of these devices that the broker still knows."""
+        try:
+            known = self._known_devices()
+        except Unavailable as error:
+            _log.warning("cannot ask the broker whom it knows: %s", error)
+            return
+        for device in known.intersection(device_ids):
+            self.expel(device)
 
     def admit_all(self, device_ids: Sequence[str]) -> None:
         """Let in those of these devices that the broker does not know yet."""
@@ -154,6 +189,7 @@ class BrokerLink:
             self._admit(missing[first : first + ADMIT_AT_ONCE])
 
     def _admit(self, device_ids: Sequence[str]) -> None:
+        self._to_expel.difference_update(device_ids)
         try:
             self._command([command for device in device_ids for command in admission(device)])
         except Unavailable as error:
@@ -172,10 +208,19 @@ class BrokerLink:
             raise Unavailable("there is no connection")
         return connection.command(commands)
 
-    def _publish(self, topic: str, payload: bytes, *, qos: int, retain: bool = False) -> None:
+    def _publish(
+        self, topic: str, payload: bytes, *, qos: int, retain: bool = False, life_seconds: int | None = None
+    ) -> bool:
+        """Hand a message to the connection; tell whether there is one that took it."""
         connection = self._connection
-        if connection is None or not self.connected or not connection.publish(topic, payload, qos=qos, retain=retain):
+        if (
+            connection is None
+            or not self.connected
+            or not connection.publish(topic, payload, qos=qos, retain=retain, life_seconds=life_seconds)
+        ):
             _log.debug("not connected: nothing sent to %s", topic)
+            return False
+        return True
 
     # ------------------------------------------------------------ threads
     def _keep_connected(self) -> None:
@@ -208,9 +253,16 @@ class BrokerLink:
             if connection is not None:
                 _guarded(connection.offer_parked)
             waited += pause
-            if self._owed and waited > OWED_EVERY and self.connected:
+            if waited > OWED_EVERY and self.connected:
                 waited = 0.0
-                _guarded(lambda: self._admit(sorted(self._owed)[:ADMIT_AT_ONCE]))
+                _guarded(self._make_up)
+
+    def _make_up(self) -> None:
+        """Do what could not be done when it was asked for."""
+        for device in sorted(self._to_expel):
+            self.expel(device)
+        if self._owed:
+            self._admit(sorted(self._owed)[:ADMIT_AT_ONCE])
 
     def _greet(self) -> None:
         _log.info("connected to the broker at %s:%d", self._address.host, self._address.port)
@@ -300,9 +352,16 @@ class _Connection:
         self._client.disconnect()
         self._client.loop_stop()
 
-    def publish(self, topic: str, payload: bytes, *, qos: int, retain: bool = False) -> bool:
-        """Hand a message to the network thread; tell whether there is a connection."""
-        return self._client.publish(topic, payload, qos=qos, retain=retain).rc == MQTT_ERR_SUCCESS
+    def publish(
+        self, topic: str, payload: bytes, *, qos: int, retain: bool = False, life_seconds: int | None = None
+    ) -> bool:
+        """Hand a message to the network thread; tell whether there is a connection.
+
+        ``life_seconds``: how long the broker keeps it for a device that is away; None: as long as its session.
+        """
+        properties = None if life_seconds is None else _expiring(life_seconds)
+        sent = self._client.publish(topic, payload, qos=qos, retain=retain, properties=properties)
+        return sent.rc == MQTT_ERR_SUCCESS
 
     def command(self, commands: "list[dict[str, Any]]") -> Sequence[_Answer]:
         """Send dynamic-security commands as one and wait for their answers; raise `Unavailable`."""
@@ -315,8 +374,10 @@ class _Connection:
                 raise Unavailable(f"no answer within {COMMAND_TIMEOUT:.0f} s")
         finally:
             del self._pending[correlation]
+        if self.closed.is_set() and not pending.answers:
+            raise Unavailable("the connection ended")
         for answer in pending.answers:
-            if answer.error and not answer.error.endswith("already exists"):
+            if answer.error and not answer.error.endswith(_AS_WISHED):
                 raise Unavailable(f"{answer.command}: {answer.error}")
         return pending.answers
 
@@ -366,6 +427,8 @@ class _Connection:
         if not self.closed.is_set():
             _log.warning("the connection to the broker ended: %s", reason)
         self.closed.set()
+        for pending in tuple(self._pending.values()):
+            pending.done.set()  # no answer will come
 
     def _received(self, _client: Client, _data: object, message: MQTTMessage) -> None:
         acknowledge = partial(self._acknowledge, message.mid, message.qos)
@@ -403,6 +466,34 @@ class _Connection:
             if pending is not None:
                 pending.answers = tuple(a for a in answers if a.correlation == correlation)
                 pending.done.set()
+
+
+def _take_over(address: BrokerAddress, device_id: str) -> None:
+    """Connect under a device's client id: the broker cuts its connection and drops its session, queue and will.
+
+    Only the loopback listener leaves a client the id that it asks for. Raises OSError, `Unavailable`.
+    """
+    answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    client = Client(CallbackAPIVersion.VERSION2, client_id=device_id, protocol=MQTTv5, reconnect_on_failure=False)
+    client.tls_set_context(_tls_context(address.tls))
+    client.on_connect = lambda _client, _data, _flags, reason, _properties: answers.put(not reason.is_failure)
+    client.connect(address.host, address.port, clean_start=True)
+    client.loop_start()
+    try:
+        taken = answers.get(timeout=TAKE_OVER_TIMEOUT)
+    except queue.Empty:
+        taken = False
+    finally:
+        client.disconnect()
+        client.loop_stop()
+    if not taken:
+        raise Unavailable(f"the broker does not let the server take the place of {device_id}")
+
+
+def _expiring(seconds: int) -> Properties:
+    properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]  # paho left this one untyped
+    properties.MessageExpiryInterval = seconds
+    return properties
 
 
 def _tls_context(files: TlsFiles) -> ssl.SSLContext:

@@ -40,6 +40,14 @@ def admission(device: str) -> list[dict[str, Any]]:
     return [{"command": "createRole", **_own_role(device)}, {"command": "createClient", **_client(device)}]
 
 
+def expulsion(device: str) -> list[dict[str, Any]]:
+    """Return the commands that shut a device out.
+
+    Deleted, never disabled: a disabled client that is known by its certificate comes back with all its rights.
+    """
+    return [{"command": "deleteClient", "username": device}, {"command": "deleteRole", "rolename": f"d-{device}"}]
+
+
 def _client(device: str) -> dict[str, Any]:
     return {"username": device, "roles": [{"rolename": _DEVICE_ROLE}, {"rolename": f"d-{device}"}]}
 

@@ -4,7 +4,7 @@ Knows TUF's shape of a desired state (Uptane's Director: one number for targets,
 seven days' life). What a device should run, and the number, come from `fleet_server.rollouts`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,15 +15,19 @@ from fleet_server.adapters.online_keys import OnlineSigners
 from fleet_server.adapters.root_chain import RootChain, milliseconds_of, role_fact, time_of
 from fleet_server.ports import Assigned, RoleFact, SignedDesire
 from fleet_server.rollouts import DESIRE_LIFE_MS
+from protocol.commands import PAYLOAD_TYPE, Command, encode_command
+from protocol.messages import CommandEnvelope
 from protocol.release import DeviceConfig, DirectorScope, to_custom
 
 ONLINE_ROLES = (Targets.type, Snapshot.type, Timestamp.type)
 
 
 class OnlineDirector:
-    """`ports.Director` on a folder: ``<role>.pem`` and ``roots/``."""
+    """`ports.Director` and `ports.CommandSigner` on a folder: ``<role>.pem`` and ``roots/``."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, on_signed: Callable[[], None] = lambda: None) -> None:
+        """Load or make everything; ``on_signed`` is for those who count desired states."""
+        self._on_signed = on_signed
         make_private_folder(folder)
         self._signers = OnlineSigners(folder, ONLINE_ROLES)
         self._roots = RootChain(folder / "roots", "Director", self._signers.accepted)
@@ -72,6 +76,7 @@ class OnlineDirector:
         )
         snapshot = Snapshot(version=version, expires=expires, meta={"targets.json": MetaFile(version)})
         timestamp = Timestamp(version=version, expires=expires, snapshot_meta=MetaFile(version))
+        self._on_signed()
         return SignedDesire(
             device=device_id,
             version=version,
@@ -83,6 +88,9 @@ class OnlineDirector:
             issued_at=now,
             expires_at=milliseconds_of(expires),
         )
+
+    def sign_command(self, command: Command) -> CommandEnvelope:
+        return self._signers.envelope(Targets.type, encode_command(command), PAYLOAD_TYPE)
 
 
 class _Signature(msgspec.Struct, frozen=True):

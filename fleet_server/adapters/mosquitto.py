@@ -35,6 +35,7 @@ LOOPBACK = "127.0.0.1"
 START_TIMEOUT = 15.0  # seconds until the broker must answer
 STOP_TIMEOUT = 10.0  # seconds for saving its database before it is killed
 FIRST_DELAY, LAST_DELAY = 0.2, 30.0  # seconds between restarts, doubling
+REFRESH_SPACING = 30.0  # seconds between restarts that were asked for: each makes every device connect again
 STABLE_AFTER = 60.0  # seconds of running after which the delay starts small again
 _LAST_WORDS = 20  # lines kept for error messages
 _SBIN = ("/usr/sbin", "/usr/local/sbin", "/usr/local/bin", "/opt/homebrew/sbin")
@@ -103,15 +104,29 @@ def find_mosquitto(path: str | None = None, libraries: Sequence[str] = _LIBRARIE
 
 
 class ManagedBroker:
-    """One Mosquitto child. ``devices`` lists the ids that have rights when it starts."""
+    """One Mosquitto child.
 
-    def __init__(self, settings: BrokerSettings, devices: Callable[[], Sequence[str]]) -> None:
+    At each start it learns from ``devices`` which ids have rights, and from ``revocations`` (CRLs in PEM) which
+    certificates count no more.
+    """
+
+    def __init__(
+        self,
+        settings: BrokerSettings,
+        devices: Callable[[], Sequence[str]],
+        revocations: Callable[[], bytes] | None = None,
+    ) -> None:
         self._settings = _with_ports(settings)
         self._devices = devices
+        self._revocations = revocations
+        self._refresh_from = 0.0  # monotonic seconds
+        self._refresh_timer: threading.Timer | None = None
+        self._refreshing = threading.Event()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[str] | None = None
         self._last_words: deque[str] = deque(maxlen=_LAST_WORDS)
+        self._words_before: tuple[str, ...] = ()  # of the run before this one, which may not have spoken yet
         self._starts = 0
 
     @property
@@ -142,11 +157,31 @@ class ManagedBroker:
         self._thread.start()
         if not self._wait_until_listening(timeout):
             self.stop()
-            raise BrokerFailed(f"Mosquitto does not come up; it said: {' | '.join(self._last_words) or 'nothing'}")
+            said = " | ".join((*self._words_before, *self._last_words)[-_LAST_WORDS:])
+            raise BrokerFailed(f"Mosquitto does not come up; it said: {said or 'nothing'}")
+
+    def refresh(self) -> None:
+        """Have it learn about devices and revocations again: by a restart, at once or when the last one is past."""
+        wait = self._refresh_from - time.monotonic()
+        self._refresh_from = time.monotonic() + max(0.0, wait) + REFRESH_SPACING
+        if wait <= 0:
+            self._restart()
+        elif self._refresh_timer is None or not self._refresh_timer.is_alive():
+            self._refresh_timer = threading.Timer(wait, self._restart)
+            self._refresh_timer.daemon = True
+            self._refresh_timer.start()
+
+    def _restart(self) -> None:
+        process = self._process
+        if process is not None and process.poll() is None:
+            self._refreshing.set()
+            process.terminate()
 
     def stop(self) -> None:
         """End it; it saves its database first."""
         self._stopping.set()
+        if self._refresh_timer is not None:
+            self._refresh_timer.cancel()
         process = self._process
         if process is not None and process.poll() is None:
             process.terminate()
@@ -168,6 +203,10 @@ class ManagedBroker:
                 _log.exception("the broker could not be started")
             if self._stopping.is_set():
                 return
+            if self._refreshing.is_set():
+                self._refreshing.clear()
+                _log.warning("the broker is started again, to learn which certificates count no more")
+                continue
             if time.monotonic() - started > STABLE_AFTER:
                 delay = FIRST_DELAY
             _log.error("the broker ended; starting it again in %.1f s", delay)
@@ -177,6 +216,8 @@ class ManagedBroker:
     def _run_once(self, installation: Installation) -> None:
         """Start it, pass on what it says until it ends, and look at how it ended."""
         self._write_files(installation)
+        if self._last_words:
+            self._words_before = tuple(self._last_words)
         self._last_words.clear()
         with subprocess.Popen(
             [installation.program, "-c", self._settings.folder / "mosquitto.conf"],
@@ -215,7 +256,11 @@ class ManagedBroker:
     def _write_files(self, installation: Installation) -> None:
         folder = self._settings.folder
         write_atomically(folder / "dynamic-security.json", document(ADMIN_NAME, self._devices()), mode=SECRET)
-        write_atomically(folder / "mosquitto.conf", configuration(self._settings, installation).encode())
+        revoked = None
+        if self._revocations is not None:
+            revoked = folder / "revoked.pem"
+            write_atomically(revoked, self._revocations())
+        write_atomically(folder / "mosquitto.conf", configuration(self._settings, installation, revoked).encode())
 
     def _check_ports(self) -> None:
         settings = self._settings
@@ -231,8 +276,8 @@ class ManagedBroker:
         return False
 
 
-def configuration(settings: BrokerSettings, installation: Installation) -> str:
-    """Return mosquitto.conf; valid for 2.0.11 and 2.1."""
+def configuration(settings: BrokerSettings, installation: Installation, revoked: Path | None = None) -> str:
+    """Return mosquitto.conf; valid for 2.0.11 and 2.1. ``revoked``: file of the device CAs' revocation lists."""
     folder = settings.folder
     lines = [
         "# Written by edgewarden-server before every start of the broker; changes here are lost.",
@@ -259,6 +304,7 @@ def configuration(settings: BrokerSettings, installation: Installation) -> str:
         "",
         f"listener {settings.device_port} {settings.device_host}".rstrip(),
         *_tls(settings.device_tls),
+        *([f"crlfile {revoked}"] if revoked else []),
         "use_username_as_clientid true",
         "",
         f"listener {settings.admin_port} {LOOPBACK}",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from securesystemslib.dsse import Envelope
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 
@@ -20,6 +21,7 @@ from fleet_server.adapters.durable import (
     read_capped,
     write_atomically,
 )
+from protocol.messages import CommandEnvelope, EnvelopeSignature
 
 S = TypeVar("S", Targets, Snapshot, Timestamp)
 _MAX_PEM = 16 * 1024
@@ -40,6 +42,16 @@ class OnlineSigners:
         metadata = Metadata(signed)
         metadata.sign(self._signers[signed.type])
         return metadata.to_bytes()
+
+    def envelope(self, role: str, payload: bytes, payload_type: str) -> CommandEnvelope:
+        """Return a payload in a DSSE envelope, signed with the key of a role."""
+        envelope = Envelope(payload, payload_type, {})
+        signature = envelope.sign(self._signers[role])
+        return CommandEnvelope(
+            payload=payload,
+            payload_type=payload_type,
+            signatures=(EnvelopeSignature(keyid=signature.keyid, sig=bytes.fromhex(signature.signature)),),
+        )
 
     def public(self) -> dict[str, bytes]:
         """Return role -> TUF key object with its id, as JSON bytes: the keys that a new root should name.

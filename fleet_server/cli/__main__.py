@@ -1,6 +1,5 @@
 """``edgewarden``: the operators' command line, a client of the REST API."""
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +9,10 @@ import typer
 
 import protocol
 from fleet_server.api_types import DeviceView, EventView, ModelVersion, Overview, TokenCreated, TokenRequest
-from fleet_server.cli import keys, listing, orders, output, publish
+from fleet_server.cli import api_tokens, audit, commands, devices, keys, listing, orders, output, people, publish
 from fleet_server.cli.listing import Wide
 from fleet_server.cli.release_desk import AsJson, Server
+from fleet_server.cli.secret_file import write_secret
 from protocol.states import PresenceState
 
 FOLLOW_EVERY = 1.0  # seconds
@@ -31,8 +31,17 @@ app.add_typer(devices_app, name="devices")
 app.add_typer(models_app, name="models")
 app.add_typer(tokens_app, name="tokens")
 app.add_typer(keys.app, name="keys")
+app.add_typer(people.users_app, name="users")
+app.add_typer(api_tokens.app, name="api-tokens")
+app.add_typer(audit.app, name="audit")
+for own in (people.login, people.logout, people.whoami, people.password):
+    app.command()(own)
+devices_app.command()(devices.revoke)
+devices_app.command()(devices.reopen)
 app.command()(orders.deploy)
 app.command()(orders.rollback)
+app.command()(commands.command)
+app.command()(commands.commands)
 models_app.command()(publish.publish)
 models_app.command()(publish.yank)
 models_app.command()(publish.floor)
@@ -51,26 +60,6 @@ def options(
     ] = False,
 ) -> None:
     """Look after a fleet of edge devices."""
-
-
-# ---------------------------------------------------------------- people
-@app.command()
-def login(
-    password_file: Annotated[Path | None, typer.Option(help="Read the password from this file.")] = None,
-    server: Server = None,
-) -> None:
-    """Log in; the session is kept for later commands."""
-    password = _password(password_file)
-    with output.talking_to(server) as session:
-        session.login(password)
-        output.out.print(f"logged in to {session.server}", markup=False, highlight=False)
-
-
-@app.command()
-def logout(server: Server = None) -> None:
-    """End the session."""
-    with output.talking_to(server) as session:
-        session.logout()
 
 
 # ---------------------------------------------------------------- the fleet
@@ -134,6 +123,8 @@ def show_device(device: ADevice, server: Server = None, as_json: AsJson = False)
         ("agent", view.agent),
         ("class", view.device_class),
         ("desired state", f"{view.director_version_wanted} (accepted at birth: {view.director_version_accepted})"),
+        ("certificate until", output.when(view.certificate_expires) if view.certificate_expires else None),
+        ("open for enrolment until", output.when(view.open_until) if view.open_until else None),
         ("reports", f"{view.reports} stored, {view.missing} missing"),
         *sorted(view.facts.items()),
     ):
@@ -141,6 +132,7 @@ def show_device(device: ADevice, server: Server = None, as_json: AsJson = False)
     output.out.print(table)
     if view.models:
         listing.print_models_of(view)
+        listing.print_sentences_of(view)
 
 
 @app.command()
@@ -190,9 +182,9 @@ def create_token(
     """Make an enrolment token. It is shown only now."""
     request = TokenRequest(uses=uses, life_seconds=life, labels=_labels(label or ()))
     with output.talking_to(server) as session:
-        created = session.post("/tokens", request, TokenCreated)
+        created = session.create("/tokens", request, TokenCreated)
     if file is not None:
-        _write_secret(file, created.token)
+        write_secret(file, created.token)
     if as_json:
         output.print_json(created)
     elif file is None:
@@ -228,26 +220,6 @@ def _labels(pairs: Sequence[str]) -> dict[str, str]:
             raise typer.BadParameter(f"{pair!r} is not KEY=VALUE", param_hint="--label")
         labels[name] = value
     return labels
-
-
-def _password(file: Path | None) -> str:
-    if file is None:
-        return os.environ.get("EDGEWARDEN_PASSWORD") or str(typer.prompt("Password", hide_input=True))
-    try:
-        return file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"cannot read {file}: {error}") from error
-
-
-def _write_secret(file: Path, secret: str) -> None:
-    try:
-        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(handle, "w", encoding="utf-8") as opened:
-            os.fchmod(opened.fileno(), 0o600)
-            opened.write(secret + "\n")
-    except OSError as error:
-        output.say_error(f"cannot write {file}: {error.strerror}")
-        raise typer.Exit(output.FAILED) from error
 
 
 if __name__ == "__main__":

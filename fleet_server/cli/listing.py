@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fleet_server.api_types import DeviceView, ModelOnDevice, ModelVersion
 from fleet_server.cli import output
+from fleet_server.core.care import say_terms
 from protocol.states import PresenceState
 
 SHORT_DIGEST = 8  # hex digits; enough to tell versions apart by eye
@@ -37,6 +38,18 @@ def print_models_of(view: DeviceView) -> None:
     for model in view.models:
         output.row(table, _on_device(model))
     output.print_table(table)
+
+
+def print_sentences_of(view: DeviceView) -> None:
+    """Write what was ordered of each model and what the device said of it, where there is anything to say."""
+    for one in view.models:
+        said = {"order": say_terms(one.shadow, forced=one.forced), "shadow": one.shadow_verdict, "newest": one.detail}
+        if one.detail == one.shadow_verdict:
+            del said["newest"]
+        for what, sentence in said.items():
+            if sentence:
+                line = output.clean(f"{one.model}, {what}: {sentence}")
+                output.out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_versions(versions: Sequence[ModelVersion], *, wide: bool) -> None:

@@ -18,7 +18,7 @@ from fleet_server.api_types import (
     ModelOnDevice,
     RollbackRequest,
 )
-from fleet_server.cli import output
+from fleet_server.cli import output, terms
 from fleet_server.cli.release_desk import AsJson, Server
 from fleet_server.cli.session import Session
 from protocol.states import DeploymentState, EventKind
@@ -69,6 +69,13 @@ def deploy(
     everybody: Everybody = False,
     device: Devices = None,
     variant: Annotated[str | None, typer.Option(help="This variant; otherwise the first that fits.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Do not wait for a hold or the maintenance hours of a device.")
+    ] = False,
+    shadow: terms.Share = None,
+    shadow_requests: terms.Requests = None,
+    shadow_for: terms.Span = None,
+    agreement: terms.Agreement = None,
     watch: Watch = False,
     timeout: Timeout = 3600,
     server: Server = None,
@@ -76,7 +83,15 @@ def deploy(
 ) -> None:
     """Order devices to run a version of a model."""
     _check_choice(everybody, device)
-    request = DeployRequest(model=model, version=version, variant=variant, devices=tuple(device or ()), all=everybody)
+    request = DeployRequest(
+        model=model,
+        version=version,
+        variant=variant,
+        devices=tuple(device or ()),
+        all=everybody,
+        force=force,
+        shadow=terms.shadow_terms(shadow, requests=shadow_requests, seconds=shadow_for, agreement=agreement),
+    )
     with output.talking_to(server) as session:
         _give(session, lambda: session.post("/deployments", request, DeploymentView), _Wish(watch, timeout, as_json))
 
@@ -87,6 +102,9 @@ def rollback(
     everybody: Everybody = False,
     device: Devices = None,
     to: Annotated[int | None, typer.Option(min=1, help="This version; otherwise the one committed before.")] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Let a hold and the maintenance hours of a device bind it.")
+    ] = False,
     watch: Watch = False,
     timeout: Timeout = 3600,
     server: Server = None,
@@ -94,7 +112,7 @@ def rollback(
 ) -> None:
     """Order devices back to an earlier version of a model."""
     _check_choice(everybody, device)
-    request = RollbackRequest(model=model, to=to, devices=tuple(device or ()), all=everybody)
+    request = RollbackRequest(model=model, to=to, devices=tuple(device or ()), all=everybody, force=not wait)
     with output.talking_to(server) as session:
         _give(session, lambda: session.post("/rollbacks", request, DeploymentView), _Wish(watch, timeout, as_json))
 
@@ -195,6 +213,8 @@ def _progress(view: DeviceView, model: str, target: int, step: EventView | None)
     """Judge by the newest step; without one the device may have been there already, or has not heard of it."""
     now = next((m for m in view.models if m.model == model), None)
     state = _state_without_step(now, target) if step is None or step.state is None else step.state
+    if state is DeploymentState.SUPERSEDED and now is not None and now.wanted_version == target:
+        state = DeploymentState.IDLE  # by the same on other terms: it starts over
     return Progress(
         device=view.id,
         target=target,

@@ -7,9 +7,9 @@ it (dead letter) is the driver's business.
 
 from collections.abc import Iterable, Sequence
 
-from protocol.messages import Birth, DeviceState, Event, Report, Resources, Window
+from protocol.messages import Birth, DeviceState, Event, Reply, Report, Resources, Window
 from protocol.names import MAX_CLASSES
-from protocol.states import EventKind
+from protocol.states import CommandOutcome, EventKind
 from protocol.statistics import CONFIDENCE_BINS, MAX_INDEX, Histogram, ModelStatistics, TruthStatistics
 
 MAX_NUMBER = 2**53 - 1  # exact in every JSON reader, far below 64 bits even when a million are summed
@@ -50,6 +50,14 @@ def check_event(event: Event) -> None:
     _word("detail", event.detail, MAX_TEXT)
 
 
+def check_reply(reply: Reply) -> None:
+    """Raise `Implausible` when a reply cannot be stored as it is."""
+    _stream(reply.spool, reply.sequence)
+    _within("at", reply.at, 0, MAX_NUMBER)
+    _word("command", reply.command, MAX_ID)
+    _word("detail", reply.detail, MAX_TEXT)
+
+
 def check_state(state: DeviceState) -> None:
     """Raise `Implausible` when a birth, farewell or will cannot be stored as it is."""
     _word("boot", state.boot, MAX_ID)
@@ -70,6 +78,12 @@ def blank_event(event: Event, reason: str) -> Event:
     _stream(event.spool, event.sequence)
     detail = f"an event could not be stored: {reason}"[:MAX_TEXT]
     return Event(spool=event.spool, sequence=event.sequence, at=0, kind=EventKind.AGENT, detail=detail)
+
+
+def blank_reply(reply: Reply) -> Reply:
+    """Return a reply to no command that takes the number of an implausible one."""
+    _stream(reply.spool, reply.sequence)
+    return Reply(spool=reply.spool, sequence=reply.sequence, at=0, command="", outcome=CommandOutcome.FAILED)
 
 
 def _birth(birth: Birth) -> None:

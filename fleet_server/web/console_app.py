@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from litestar import Litestar, Response, get
+from litestar import Litestar, Response, Router, get
 from litestar.di import Provide
 from litestar.exceptions import HTTPException, NotAuthorizedException, NotFoundException
 from litestar.openapi import OpenAPIConfig
@@ -13,11 +13,16 @@ from litestar.response import Redirect
 
 import protocol
 from fleet_server.api_types import API
+from fleet_server.core.access import Standing
+from fleet_server.web.api.people import router as people
 from fleet_server.web.api.routes import router
-from fleet_server.web.auth import Doorkeeper, guard
+from fleet_server.web.auth import Doorkeeper, Visit, guard, needs
 from fleet_server.web.console import pages
 from fleet_server.web.headers import with_security_headers
-from fleet_server.web.problems import AnyRequest, CarefulRequest, answer, handlers
+from fleet_server.web.metrics import metrics
+from fleet_server.web.problems import AnyRequest, CarefulRequest, answer, handlers, problem_of
+from fleet_server.web.recording import recorder
+from fleet_server.web.repeats import AnsweredBefore
 from fleet_server.web.services import Parts
 
 # The few files of the console, read once: no request can name a path.
@@ -28,13 +33,13 @@ _FILES = {
 MAX_BODY = 1024 * 1024  # bytes of a JSON or form body, where a route does not say otherwise
 
 
-@get("/health", opt={"open": True}, sync_to_thread=False)
+@get("/health", opt=needs(Standing.ANYBODY), sync_to_thread=False)
 def health() -> dict[str, str]:
     """Say that the process answers."""
     return {"status": "ok"}
 
 
-@get("/static/{name:str}", opt={"open": True}, sync_to_thread=False, include_in_schema=False)
+@get("/static/{name:str}", opt=needs(Standing.ANYBODY), sync_to_thread=False, include_in_schema=False)
 def static(name: FromPath[str]) -> Response[bytes]:
     """Return a style sheet, script or picture of the console."""
     if name not in _FILES:
@@ -47,7 +52,9 @@ def console_litestar(parts: Parts, doorkeeper: Doorkeeper) -> Litestar:
     return Litestar(
         route_handlers=[
             health,
+            metrics,
             router,
+            people,
             pages.login_page,
             pages.login,
             pages.logout,
@@ -61,14 +68,15 @@ def console_litestar(parts: Parts, doorkeeper: Doorkeeper) -> Litestar:
             "doorkeeper": Provide(lambda: doorkeeper, sync_to_thread=False, use_cache=True),
         },
         guards=[guard(doorkeeper)],
-        exception_handlers=handlers(_answer),
+        before_send=[recorder(doorkeeper)],
+        exception_handlers={**handlers(_answer), AnsweredBefore: _answer_again},
         logging_config=None,
         request_class=CarefulRequest,
         request_max_body_size=MAX_BODY,
         openapi_config=OpenAPIConfig(
             title="Edgewarden",
             version=protocol.__version__,
-            path=f"{API}/schema",
+            openapi_router=Router(f"{API}/schema", route_handlers=[], opt=needs(Standing.KNOWN)),
             render_plugins=[JsonRenderPlugin(path="/openapi.json")],
         ),
     )
@@ -81,16 +89,24 @@ def console_app(parts: Parts, doorkeeper: Doorkeeper) -> Any:
 
 def _answer(request: AnyRequest, error: Exception) -> Response[Any]:
     """Answer programs with problem+json and people with a page; who is not logged in is shown the way."""
+    response = answer(error)
+    if isinstance(getattr(request.state, "visit", None), Visit):
+        request.state.visit.detail = problem_of(error)[0].detail
     if not _is_for_a_person(request):
-        return answer(error)
+        return response
     if isinstance(error, NotAuthorizedException):
         return Redirect("/login", status_code=303)
     if isinstance(error, HTTPException):
         return pages.error_page(error)
-    return answer(error)
+    return response
+
+
+def _answer_again(_request: AnyRequest, error: AnsweredBefore) -> Response[bytes]:
+    """Answer a repeat with what was answered before."""
+    return error.answer.response()
 
 
 def _is_for_a_person(request: AnyRequest) -> bool:
     path = request.url.path
-    is_page = not path.startswith((API, "/static", "/health")) and "fragment" not in request.query_params
+    is_page = not path.startswith((API, "/static", "/health", "/metrics")) and "fragment" not in request.query_params
     return is_page and "text/html" in request.headers.get("accept", "")

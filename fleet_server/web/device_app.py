@@ -1,10 +1,13 @@
-"""The HTTPS port for devices (`protocol.device_api`): enrolment, signed metadata, bundles.
+"""The HTTPS port for devices (`protocol.device_api`): enrolment, renewal, signed metadata, bundles.
 
 Every request but ``ca`` and ``enroll`` carries a short-lived token signed with the device's key; it is checked
-against the certificate that the registry holds, so a revoked or replaced certificate ends here.
+against the certificates that the registry holds, so a revoked or replaced certificate ends here. The first request
+that the key of the next certificate has signed puts that one in force; a certificate that has expired opens renewal
+and nothing else.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -22,7 +25,8 @@ from litestar.params import FromPath, JSONBody
 from litestar.response import Stream
 from litestar.types import ControllerRouterHandler
 
-from fleet_server.ports import Registry
+from fleet_server.membership import Membership
+from fleet_server.ports import Device
 from fleet_server.web.bodies import send_file
 from fleet_server.web.headers import with_security_headers
 from fleet_server.web.metadata import director_file
@@ -37,16 +41,24 @@ from protocol.device_api import (
     IMAGE_METADATA_PATH,
     JWT_ALGORITHM,
     MAX_TOKEN_LIFE,
+    RENEW_PATH,
     DeviceApiError,
     EnrolRequest,
     EnrolResponse,
+    RenewRequest,
+    RenewResponse,
+    Standing,
 )
 from protocol.names import DEVICE_ID, MAX_DEVICE_REQUEST
 
 MAX_TOKEN = 4096  # characters of an Authorization header
 CLOCK_SLACK = 60  # seconds a device's clock may be off
+_NOT_THE_KEY = "it is not signed with the key of the certificate that this server holds"
 _REMEDY = {
-    HTTPStatus.UNAUTHORIZED: "check the device's clock and that it is enrolled with this server",
+    HTTPStatus.UNAUTHORIZED: "check the device's clock and that it is enrolled with this server; if the server was "
+    "restored from a backup, an operator may have to open the id (edgewarden devices reopen) and enrol the device "
+    "again (edgewarden-agent enroll --force)",
+    HTTPStatus.FORBIDDEN: "ask the operator of the fleet server",
     HTTPStatus.CONFLICT: "ask the operator of the fleet server",
 }
 AnyRequest = Request[object, object, State]
@@ -62,6 +74,18 @@ def ca(parts: GivenParts) -> Response[bytes]:
 def enroll(data: JSONBody[EnrolRequest], parts: GivenParts) -> EnrolResponse:
     """Take a new device in."""
     return parts.enrolment.enrol(data, parts.clock())
+
+
+@get(RENEW_PATH, opt={"expired": True}, sync_to_thread=True)
+def standing(request: AnyRequest, parts: GivenParts) -> Standing:
+    """Tell a device that it is known here."""
+    return parts.membership.standing(request.state.device)
+
+
+@post(RENEW_PATH, opt={"expired": True}, status_code=200, sync_to_thread=True)
+def renew(data: JSONBody[RenewRequest], request: AnyRequest, parts: GivenParts) -> RenewResponse:
+    """Give a device its next certificate."""
+    return parts.membership.renew(request.state.device, data, parts.clock())
 
 
 @get(DIRECTOR_METADATA_PATH + "/{name:str}", sync_to_thread=True)
@@ -113,11 +137,19 @@ def _delta(sha256: str, request: AnyRequest, parts: Parts) -> Response[bytes] | 
 
 def device_app(parts: Parts) -> Any:
     """Return the ASGI app of the device port."""
-    routes: Sequence[ControllerRouterHandler] = [ca, enroll, director_metadata, image_metadata, bundle]
+    routes: Sequence[ControllerRouterHandler] = [
+        ca,
+        enroll,
+        standing,
+        renew,
+        director_metadata,
+        image_metadata,
+        bundle,
+    ]
     app = Litestar(
         route_handlers=routes,
         dependencies={"parts": Provide(lambda: parts, sync_to_thread=False, use_cache=True)},
-        guards=[_guard(parts.registry)],
+        guards=[_guard(parts)],
         exception_handlers=handlers(_answer),
         logging_config=None,
         request_class=CarefulRequest,
@@ -127,24 +159,56 @@ def device_app(parts: Parts) -> Any:
     return with_security_headers(app)
 
 
-def device_of_token(registry: Registry, header: str) -> str:
+def device_of_token(parts: Parts, header: str, *, may_be_expired: bool = False) -> str:
     """Return the device that signed a request; raise NotAuthorizedException or PermissionDeniedException."""
     scheme, _, token = header.partition(" ")
     if scheme.lower() != "bearer" or len(token) > MAX_TOKEN:
         raise NotAuthorizedException("a request needs Authorization: Bearer and a token signed by the device")
+    known = _claimed(parts, token)
     try:
-        claimed = jwt.decode(token, options={"verify_signature": False}).get("iss")
-        if not isinstance(claimed, str) or not DEVICE_ID.fullmatch(claimed):
-            raise NotAuthorizedException("the token does not name a device")
-        known = registry.device(claimed)
-        if known is None:
-            raise NotAuthorizedException("the token is of a device that is not enrolled here")
-        _verify(token, claimed, known.certificate)
+        certificate = _certificate_of(token, known)
+    except jwt.InvalidSignatureError as error:
+        raise NotAuthorizedException(f"the token does not hold: {error}; {_NOT_THE_KEY}") from error
     except jwt.PyJWTError as error:
         raise NotAuthorizedException(f"the token does not hold: {error}") from error
     if known.revoked:
         raise PermissionDeniedException("this device was revoked")
-    return claimed
+    if certificate == known.next_certificate:
+        parts.membership.has_used_next(known, parts.clock())
+    _refuse_expired(parts.membership, certificate, parts.clock(), may_be_expired=may_be_expired)
+    return known.id
+
+
+def _claimed(parts: Parts, token: str) -> Device:
+    """Return the device that a token says it is of."""
+    try:
+        claimed = jwt.decode(token, options={"verify_signature": False}).get("iss")
+    except jwt.PyJWTError as error:
+        raise NotAuthorizedException(f"the token does not hold: {error}") from error
+    if not isinstance(claimed, str) or not DEVICE_ID.fullmatch(claimed):
+        raise NotAuthorizedException("the token does not name a device")
+    known = parts.registry.device(claimed)
+    if known is None:
+        raise NotAuthorizedException("the token is of a device that is not enrolled here")
+    return known
+
+
+def _certificate_of(token: str, device: Device) -> str:
+    """Return the device's certificate whose key signed a token: the one in force, or the next one."""
+    if device.next_certificate:
+        try:
+            _verify(token, device.id, device.next_certificate)
+        except jwt.InvalidSignatureError:
+            pass  # then it is of the key in force, or of nobody's
+        else:
+            return device.next_certificate
+    _verify(token, device.id, device.certificate)
+    return device.certificate
+
+
+def _refuse_expired(membership: Membership, certificate: str, now: int, *, may_be_expired: bool) -> None:
+    if not may_be_expired and membership.has_expired(certificate, now):
+        raise NotAuthorizedException("the device's certificate has expired; it opens nothing but its renewal")
 
 
 def _verify(token: str, device: str, certificate: str) -> None:
@@ -162,12 +226,13 @@ def _verify(token: str, device: str, certificate: str) -> None:
         raise jwt.InvalidTokenError(f"it lives longer than {MAX_TOKEN_LIFE} s")
 
 
-def _guard(registry: Registry) -> Callable[[Any, BaseRouteHandler], Awaitable[None]]:
+def _guard(parts: Parts) -> Callable[[Any, BaseRouteHandler], Awaitable[None]]:
     async def require(connection: ASGIConnection[Any, Any, Any, State], handler: BaseRouteHandler) -> None:
         refuse_nul(connection)
         if not handler.opt.get("open"):
             header = connection.headers.get("authorization", "")
-            connection.state.device = await sync_to_thread(device_of_token, registry, header)
+            look = partial(device_of_token, parts, header, may_be_expired=bool(handler.opt.get("expired")))
+            connection.state.device = await sync_to_thread(look)
 
     return require
 

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 import msgspec
 
 import protocol
-from fleet_server.api_types import DeviceView, Overview, RoleStatus, TrustStatus
+from fleet_server.api_types import DeviceView, ModelVersion, Overview, RoleStatus, TrustStatus
 from fleet_server.core.expiry import remind
 from fleet_server.ports import Director, ImageRepository, RoleFact
 from fleet_server.web.services import Parts
@@ -41,6 +41,14 @@ def overview_of(parts: Parts, devices: Sequence[DeviceView]) -> Overview:
     )
 
 
+def versions_of(parts: Parts) -> tuple[ModelVersion, ...]:
+    """Return every published version, with what the Image repository says against it."""
+    return tuple(
+        msgspec.structs.replace(version, hindrance=parts.image.hindrance(version.sha256))
+        for version in parts.queries.model_versions()
+    )
+
+
 def trust_of(parts: Parts) -> TrustStatus:
     """Return which signed metadata is in force."""
     first_root = parts.image.first_root()
@@ -61,8 +69,13 @@ def trust_of(parts: Parts) -> TrustStatus:
 
 def roles_of(director: Director, image: ImageRepository, now: int) -> tuple[RoleStatus, ...]:
     """Return every role of both repositories, and when someone must act."""
+    return tuple(_role_status(fact, now) for fact in role_facts(director, image))
+
+
+def role_facts(director: Director, image: ImageRepository) -> tuple[RoleFact, ...]:
+    """Return every role of both repositories as it is in force."""
     root = director.root_fact()
-    return tuple(_role_status(fact, now) for fact in (*([root] if root else []), *image.roles()))
+    return (*([root] if root else []), *image.roles())
 
 
 def trust_warnings(director: Director, image: ImageRepository, now: int) -> tuple[str, ...]:

@@ -15,9 +15,12 @@ from litestar.datastructures import State
 from litestar.exceptions import ClientException, HTTPException, SerializationException, ValidationException
 from litestar.types import ExceptionHandlersMap
 
+from fleet_server.access import LastAdmin, NotAccepted, Stale, UnknownToken, UnknownUser, UserExists
 from fleet_server.api_types import Problem
+from fleet_server.commands import CannotCommand
 from fleet_server.enrolment import BadRequest, DeviceExists, NotReady, TokenRefused
 from fleet_server.ingest import StoreUnavailable
+from fleet_server.membership import UnknownDevice
 from fleet_server.publishing import Refused
 from fleet_server.rollouts import BadOrder
 
@@ -27,8 +30,16 @@ STATUS_OF: Mapping[type[Exception], HTTPStatus] = {
     TokenRefused: HTTPStatus.FORBIDDEN,
     DeviceExists: HTTPStatus.CONFLICT,
     NotReady: HTTPStatus.CONFLICT,
+    UnknownDevice: HTTPStatus.NOT_FOUND,
     BadOrder: HTTPStatus.CONFLICT,
+    CannotCommand: HTTPStatus.CONFLICT,
     Refused: HTTPStatus.CONFLICT,
+    UnknownUser: HTTPStatus.NOT_FOUND,
+    UnknownToken: HTTPStatus.NOT_FOUND,
+    UserExists: HTTPStatus.CONFLICT,
+    LastAdmin: HTTPStatus.CONFLICT,
+    Stale: HTTPStatus.PRECONDITION_FAILED,
+    NotAccepted: HTTPStatus.BAD_REQUEST,
     StoreUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 _NUL_IN_JSON, _NUL_IN_QUERY = b"\\u0000", b"%00"

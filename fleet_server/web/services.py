@@ -7,13 +7,16 @@ from litestar.di import NamedDependency
 from litestar.params import SkipValidation
 
 from fleet_server.adapters.database.queries import Queries
+from fleet_server.commands import Commands
 from fleet_server.enrolment import Enrolment
+from fleet_server.membership import Membership
 from fleet_server.ports import (
     Artifacts,
     Authority,
     Deltas,
     DesiredStates,
     Director,
+    Exposition,
     ImageRepository,
     NoDeltas,
     Registry,
@@ -30,8 +33,10 @@ class Parts:
     registry: Registry
     desired: DesiredStates
     enrolment: Enrolment
+    membership: Membership
     publishing: Publishing
     rollouts: Rollouts
+    commands: Commands
     authority: Authority
     director: Director
     image: ImageRepository
@@ -40,6 +45,8 @@ class Parts:
     epoch: str
     clock: Callable[[], int]
     deltas: Deltas = field(default_factory=NoDeltas)
+    exposition: Exposition | None = None  # None: there is no /metrics
+    scrape_token: str = ""
 
 
 # What handlers write as the type of their ``parts``: Litestar passes it through unchecked.

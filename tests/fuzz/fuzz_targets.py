@@ -29,9 +29,11 @@ from protocol.bundle import BadBundle, unpack
 from protocol.codec import (
     BadMessage,
     decode_acknowledgement,
+    decode_command_envelope,
     decode_desired_state,
     decode_device_state,
     decode_event,
+    decode_reply,
     decode_report,
     decode_server_state,
 )
@@ -177,6 +179,8 @@ def codec(data: bytes) -> None:
     for decode in (
         decode_report,
         decode_event,
+        decode_reply,
+        decode_command_envelope,
         decode_device_state,
         decode_acknowledgement,
         decode_desired_state,

@@ -11,8 +11,8 @@ import pytest
 from broker_world import BrokerWorld, eventually
 
 from fleet_server.adapters.broker import BrokerLink
-from protocol.codec import decode_acknowledgement, decode_desired_state, decode_server_state
-from protocol.messages import Acknowledgement, DesiredState
+from protocol.codec import decode_acknowledgement, decode_command_envelope, decode_desired_state, decode_server_state
+from protocol.messages import Acknowledgement, CommandEnvelope, DesiredState
 from protocol.topics import SERVER_STATE, Channel, device_topic
 
 pytestmark = pytest.mark.broker
@@ -91,6 +91,20 @@ def test_a_device_gets_its_desired_state_its_acknowledgement_and_the_servers_sta
         _, payload = device.received() or ("", b"")
         state = decode_server_state(payload)
         assert (state.up, state.epoch) == (True, "epoch-1")
+
+
+def test_a_command_reaches_its_device_and_no_other_and_is_not_retained(world: BrokerWorld, link: BrokerLink) -> None:
+    command = CommandEnvelope(payload=b"{}", payload_type="x", signatures=())
+    with world.device("a") as device, world.device("b") as other:
+        device.subscribe("ew/1/d/a/down/#")
+        other.subscribe("ew/1/d/b/down/#")
+        link.send_command("a", command, life_seconds=60)
+        topic, payload = device.received() or ("", b"")
+        assert (topic, decode_command_envelope(payload)) == (device_topic("a", Channel.COMMAND), command)
+        assert other.received(timeout=0.5) is None
+    with world.device("a") as late:
+        late.subscribe("ew/1/d/a/down/#")
+        assert late.received(timeout=0.5) is None  # nothing is retained
 
 
 def test_a_device_that_enrols_while_the_broker_runs_gets_its_rights_at_once(
@@ -175,15 +189,20 @@ def test_more_messages_than_the_receive_maximum_all_arrive_once_they_are_acknowl
 
 
 def test_an_error_in_a_handler_does_not_make_it_deaf(world: BrokerWorld) -> None:
-    heard = []
+    heard, greeted = [], []
 
     def broken(topic: str, payload: bytes, acknowledge: Callable[[], None]) -> bool:
         heard.append(payload)
         raise RuntimeError("a bug in ingest")
 
-    link = world.link(on_message=broken, on_connected=lambda: 1 / 0)
+    def greet() -> None:
+        greeted.append(True)
+        raise RuntimeError("a bug in what follows a connection")
+
+    link = world.link(on_message=broken, on_connected=greet)
     link.start()
     try:
+        assert eventually(lambda: greeted), "before that nobody listens, and the broker keeps nothing"
         with world.device("a") as device:
             for word in (b"one", b"two"):
                 device.publish(device_topic("a", Channel.EVENT), word)

@@ -164,6 +164,9 @@ class Fleet:
     def discard(self, sha256: str) -> None:
         """Keep it: the test owns its bundles."""
 
+    def collect(self, keep: object) -> None:
+        """Keep them all, for the same reason."""
+
     def record(
         self,
         *,

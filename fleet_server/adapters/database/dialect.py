@@ -16,15 +16,20 @@ from fleet_server.ingest import StoreUnavailable
 Insert = sqlite.Insert | postgresql.Insert
 
 BUSY_TIMEOUT = 5.0  # seconds a writer waits for another process; then the caller tries again
-_WRITER_LOCK = 0x45_57_44_42  # "EWDB": number of the PostgreSQL advisory lock
+CONNECT_TIMEOUT = 10  # seconds until a PostgreSQL that does not answer counts as gone
+WRITER_LOCK = 0x45_57_44_42  # "EWDB": number of the PostgreSQL advisory lock
 _BIND_CHUNK = 500  # keys in one IN (…): SQLite takes at most 32,766 parameters, old builds 999
 
 
+class BadDatabase(Exception):
+    """The database that the settings name cannot be used; the operator must mend it."""
+
+
 def connect(url: str) -> Engine:
-    """Return an engine; on SQLite with WAL, foreign keys and real transactions."""
-    parsed = sa.make_url(url)
-    if parsed.get_backend_name() != "sqlite":
-        return sa.create_engine(parsed, pool_size=10, max_overflow=30, pool_pre_ping=True)
+    """Return an engine; on SQLite with WAL, foreign keys and real transactions. Raises `BadDatabase`."""
+    parsed = _understood(url)
+    if parsed.get_backend_name() == "postgresql":
+        return _connect_postgresql(parsed)
     engine = sa.create_engine(
         parsed, pool_size=10, max_overflow=30, connect_args={"timeout": BUSY_TIMEOUT, "check_same_thread": False}
     )
@@ -44,10 +49,22 @@ def writing(engine: Engine) -> Iterator[Connection]:
     try:
         with engine.connect().execution_options(ew_writes=True) as connection, connection.begin():
             if engine.dialect.name == "postgresql":
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITER_LOCK)))
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(WRITER_LOCK)))
             yield connection
     except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
         raise StoreUnavailable(str(error.__cause__ or error)) from error
+    except sa.exc.DBAPIError as error:
+        if error.connection_invalidated:
+            raise StoreUnavailable(str(error.__cause__ or error)) from error
+        raise
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """Open a transaction that sees one moment, however many queries it asks."""
+    level = {"isolation_level": "REPEATABLE READ"} if engine.dialect.name == "postgresql" else {}
+    with engine.connect().execution_options(**level) as connection:
+        yield connection
 
 
 def insert(connection: Connection, table: sa.Table) -> Insert:
@@ -79,10 +96,37 @@ def rows_with(
 ) -> list[sa.Row[Any]]:
     """Return the rows whose columns equal one of the keys."""
     found: list[sa.Row[Any]] = []
-    for at in range(0, len(keys), _BIND_CHUNK // len(columns)):
-        chunk = keys[at : at + _BIND_CHUNK // len(columns)]
+    for chunk in chunks(keys, columns=len(columns)):
         found += connection.execute(sa.select(table).where(sa.tuple_(*columns).in_(chunk))).all()
     return found
+
+
+def chunks(keys: Sequence[tuple[Any, ...]], *, columns: int) -> Iterator[Sequence[tuple[Any, ...]]]:
+    """Cut keys of so many columns into what one statement can take."""
+    size = _BIND_CHUNK // columns
+    for at in range(0, len(keys), size):
+        yield keys[at : at + size]
+
+
+def _understood(url: str) -> sa.URL:
+    try:
+        parsed = sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError) as error:
+        raise BadDatabase("database: this is not a URL like postgresql://user@host/name") from error
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise BadDatabase(f"database: {parsed.get_backend_name()} is not known; use sqlite or postgresql")
+    return parsed
+
+
+def _connect_postgresql(url: sa.URL) -> Engine:
+    options = {"connect_timeout": str(CONNECT_TIMEOUT), "application_name": "edgewarden-server"}
+    named = url.set(drivername="postgresql+psycopg").update_query_dict({**options, **url.query})
+    try:
+        return sa.create_engine(named, pool_size=10, max_overflow=30, pool_pre_ping=True)
+    except ImportError as error:
+        raise BadDatabase(
+            "database: PostgreSQL needs the extra 'postgresql': pip install 'edgewarden[server,postgresql]'"
+        ) from error
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:

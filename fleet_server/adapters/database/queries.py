@@ -5,22 +5,26 @@ from merged counts, never averaged. Windows are chosen by the device's clock, si
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from fleet_server.adapters.database import tables
+from fleet_server.adapters.authority import facts_of
+from fleet_server.adapters.database import dialect, sums, tables
 from fleet_server.adapters.database.records import Standing as Seen
 from fleet_server.adapters.database.records import bundle_of, device_of, event_of, from_json, standing_of
 from fleet_server.adapters.database.telemetry import TELEMETRY
 from fleet_server.api_types import DeviceView, EventView, ModelOnDevice, ModelVersion, SeriesPoint
+from fleet_server.core.care import newest_sentence
 from fleet_server.core.presence import state_of
+from fleet_server.core.rollups import DAY, Kept, resolution_for
 from fleet_server.core.running import models_now
 from fleet_server.core.series import MINUTE, Judged, Measured, Summary, points, step_for, summarise
-from fleet_server.ports import Assigned, Device, PublishedBundle, StoredEvent
+from fleet_server.ports import Assigned, CertificateFacts, Device, PublishedBundle, StoredEvent
 from protocol.messages import Event, Resources, RunningModel
 from protocol.metrics import proportion
 from protocol.names import SHORT_DIGEST_LENGTH
@@ -35,14 +39,16 @@ _STEPS_REMEMBERED = 200  # newest deployment events per device that may follow i
 class Queries:
     """The read side. ``clock`` gives UTC ms."""
 
-    def __init__(self, engine: Engine, *, clock: Callable[[], int]) -> None:
+    def __init__(self, engine: Engine, *, clock: Callable[[], int], kept: Kept | None = None) -> None:
+        """``kept`` says how far back each resolution goes."""
         self._engine = engine
         self._clock = clock
+        self._kept = kept or Kept()
 
     # ------------------------------------------------------------ counts
     def counts(self) -> tuple[int, int]:
         """Return how many reports were stored, and how many dead letters are kept."""
-        with self._engine.connect() as connection:
+        with dialect.reading(self._engine) as connection:
             reports = connection.scalar(sa.select(sa.func.coalesce(sa.func.sum(tables.presence.c.reports), 0)))
             dead = connection.scalar(sa.select(sa.func.count()).select_from(tables.dead_letter))
         return int(reports or 0), int(dead or 0)
@@ -50,7 +56,7 @@ class Queries:
     # ------------------------------------------------------------ devices
     def devices(self) -> tuple[DeviceView, ...]:
         """Return all devices by id."""
-        with self._engine.connect() as connection:
+        with dialect.reading(self._engine) as connection:
             rows = connection.execute(sa.select(tables.device).order_by(tables.device.c.id))
             devices = [device_of(row) for row in rows]
             fleet = _load_fleet(connection, self._clock(), None)
@@ -58,17 +64,18 @@ class Queries:
 
     def device(self, device_id: str) -> DeviceView | None:
         """Return one device."""
-        with self._engine.connect() as connection:
+        with dialect.reading(self._engine) as connection:
             row = connection.execute(sa.select(tables.device).where(tables.device.c.id == device_id)).one_or_none()
             if row is None:
                 return None
             fleet = _load_fleet(connection, self._clock(), device_id)
-        return _view(device_of(row), fleet, self._clock())
+            steps = _newest_steps(connection, device_id)
+        return _with_sentences(_view(device_of(row), fleet, self._clock()), steps)
 
     # ------------------------------------------------------------ models
     def model_versions(self) -> tuple[ModelVersion, ...]:
         """Return every published variant, newest version first within a model."""
-        with self._engine.connect() as connection:
+        with dialect.reading(self._engine) as connection:
             bundles = _bundles(connection)
             judged = _judged_by_digest(connection)
             serving = _serving(connection)
@@ -88,7 +95,7 @@ class Queries:
             query = query.order_by(event.c.row.desc())
         else:
             query = query.where(event.c.row > after).order_by(event.c.row)
-        with self._engine.connect() as connection:
+        with dialect.reading(self._engine) as connection:
             rows = connection.execute(query).all()
         views = [_event_view(event_of(row)) for row in rows]
         return tuple(sorted(views, key=lambda view: -view.row))
@@ -97,11 +104,13 @@ class Queries:
     def series(self, device_id: str, model: str, *, span: int, most: int = 120) -> tuple[SeriesPoint, ...]:
         """Return at most ``most`` steps over the last ``span`` ms, oldest first."""
         since = self._clock() - span
-        with self._engine.connect() as connection:
+        width = resolution_for(span, most=most, kept=self._kept)
+        with dialect.reading(self._engine) as connection:
             versions = {_short(b): b.release.version for b in _bundles(connection) if b.release.model == model}
-            measured = _measured(connection, device_id, versions, since)
-            judged = _judged(connection, device_id, versions, since)
-        longest = max((window.span for window in measured), default=MINUTE)
+            asked = _Asked(connection=connection, device=device_id, since=since, width=width)
+            measured = _measured(asked, versions)
+            judged = _judged(asked, versions)
+        longest = max((window.span for window in measured), default=width or MINUTE)
         step = step_for(span, window=max(1000, longest), most=most)
         return tuple(
             SeriesPoint(
@@ -173,6 +182,14 @@ def _steps_since_birth(
     return {name: _in_order(stored) for name, stored in steps.items()}
 
 
+def _newest_steps(connection: Connection, device: str) -> Sequence[Event]:
+    """Return a device's newest deployment events, also from before its birth, in order of happening."""
+    event = tables.event
+    query = sa.select(event).where(event.c.device == device, event.c.kind == EventKind.DEPLOYMENT.value)
+    rows = connection.execute(query.order_by(event.c.row.desc()).limit(_STEPS_REMEMBERED))
+    return _in_order(event_of(row) for row in rows)
+
+
 def _in_order(stored: Iterable[StoredEvent]) -> list[Event]:
     """Order one device's events as they happened: by number within a spool; another spool came before or after."""
     by_arrival = sorted(stored, key=lambda item: item.row)
@@ -207,7 +224,7 @@ def _recent(connection: Connection, since: int, device: str | None) -> Mapping[t
     measured: dict[tuple[str, str], list[Measured]] = defaultdict(list)
     judged: dict[tuple[str, str], list[Judged]] = defaultdict(list)
     for row in connection.execute(windows):
-        measured[row.device, row.digest].append(_measured_of(row, None))
+        measured[row.device, row.digest].append(_measured_of(row, None, row.span))
     for row in connection.execute(minutes):
         judged[row.device, row.digest].append(_judged_of(row, None))
     return {key: summarise(measured[key], judged[key]) for key in {*measured, *judged}}
@@ -218,6 +235,7 @@ def _view(device: Device, fleet: _Fleet, now: int) -> DeviceView:
     birth = seen.connection.birth
     wanted_version, assigned = fleet.wanted.get(device.id, (0, ()))
     running = models_now(birth, fleet.steps.get(device.id, ()))
+    certificate = _certificate_of(device)
     return DeviceView(
         id=device.id,
         labels=device.labels,
@@ -238,7 +256,27 @@ def _view(device: Device, fleet: _Fleet, now: int) -> DeviceView:
         reports=seen.reports,
         missing=fleet.missing.get(device.id, 0),
         facts=_facts_of(seen),
+        certificate_expires=certificate.expires_at if certificate else None,
+        ca=certificate.ca if certificate else "",
+        open_until=device.open_until if device.open_until > now else None,
     )
+
+
+def _with_sentences(view: DeviceView, steps: Sequence[Event]) -> DeviceView:
+    """Add what the device said of its newest steps."""
+    models = []
+    for model in view.models:
+        detail, verdict = newest_sentence(steps, model.model)
+        models.append(msgspec.structs.replace(model, detail=detail, shadow_verdict=verdict))
+    return msgspec.structs.replace(view, models=tuple(models))
+
+
+def _certificate_of(device: Device) -> CertificateFacts | None:
+    """Return what the certificate in force says; a list of devices is shown even when one cannot be read."""
+    try:
+        return facts_of(device.certificate)
+    except ValueError:
+        return None
 
 
 def _facts_of(seen: Seen) -> dict[str, str]:
@@ -252,7 +290,7 @@ def _facts_of(seen: Seen) -> dict[str, str]:
 def _models_on(
     device: str, running: Sequence[RunningModel], assigned: Sequence[Assigned], fleet: _Fleet
 ) -> tuple[ModelOnDevice, ...]:
-    wanted = {item.bundle.release.model: item.bundle.release.version for item in assigned}
+    wanted = {item.bundle.release.model: item for item in assigned}
     models = {model.model: model for model in running}
     return tuple(
         _model_on(device, models.get(name, RunningModel(model=name, state=DeploymentState.IDLE)), wanted, fleet)
@@ -260,16 +298,19 @@ def _models_on(
     )
 
 
-def _model_on(device: str, model: RunningModel, wanted: Mapping[str, int], fleet: _Fleet) -> ModelOnDevice:
+def _model_on(device: str, model: RunningModel, wanted: Mapping[str, Assigned], fleet: _Fleet) -> ModelOnDevice:
     digest = (model.digest or "")[:SHORT_DIGEST_LENGTH]
     recent = fleet.recent.get((device, digest), Summary())
+    target = wanted.get(model.model)
     return ModelOnDevice(
         model=model.model,
-        wanted_version=wanted.get(model.model),
+        wanted_version=target.bundle.release.version if target else None,
         running_version=model.version,
         running_digest=model.digest,
         state=model.state,
         reason=model.reason,
+        forced=target is not None and target.assignment.forced,
+        shadow=target.assignment.shadow if target else None,
         requests=recent.requests,
         errors=recent.errors,
         dropped=recent.dropped,
@@ -291,11 +332,15 @@ def _short(bundle: PublishedBundle) -> str:
 
 
 def _judged_by_digest(connection: Connection) -> Mapping[str, tuple[int, int]]:
-    truth = tables.truth
-    query = sa.select(truth.c.digest, sa.func.sum(truth.c.correct), sa.func.sum(truth.c.total)).group_by(
-        truth.c.digest
-    )
-    return {digest: (int(correct), int(total)) for digest, correct, total in connection.execute(query)}
+    """Return right and all predictions with a truth of each version, as far back as sums go."""
+    total: dict[str, tuple[int, int]] = {}
+    for source, conditions in sums.sources_of(DAY, sums.TRUTH):
+        table = source.table
+        query = sa.select(table.c.digest, sa.func.sum(table.c.correct), sa.func.sum(table.c.total))
+        for digest, right, all_ in connection.execute(query.where(*conditions).group_by(table.c.digest)):
+            before = total.get(digest, (0, 0))
+            total[digest] = (before[0] + int(right), before[1] + int(all_))
+    return total
 
 
 def _serving(connection: Connection) -> Mapping[str, int]:
@@ -330,24 +375,46 @@ def _model_version(
 
 
 # ---------------------------------------------------------------- series
-def _measured(connection: Connection, device: str, versions: Mapping[str, int], since: int) -> list[Measured]:
-    statistics = tables.statistics
-    query = sa.select(statistics).where(statistics.c.device == device, statistics.c.start >= since)
-    rows = connection.execute(query.where(statistics.c.digest.in_(list(versions))))
-    return [_measured_of(row, versions[row.digest]) for row in rows]
+def _measured(asked: "_Asked", versions: Mapping[str, int]) -> list[Measured]:
+    rows = asked.rows(sums.STATISTICS, asked.since, list(versions))
+    return [_measured_of(row, versions[row.digest], span) for row, span in rows]
 
 
-def _judged(connection: Connection, device: str, versions: Mapping[str, int], since: int) -> list[Judged]:
-    truth = tables.truth
-    query = sa.select(truth).where(truth.c.device == device, truth.c.minute > since - MINUTE)
-    rows = connection.execute(query.where(truth.c.digest.in_(list(versions))))
-    return [_judged_of(row, versions[row.digest]) for row in rows]
+def _judged(asked: "_Asked", versions: Mapping[str, int]) -> list[Judged]:
+    rows = asked.rows(sums.TRUTH, asked.since - MINUTE + 1, list(versions))
+    return [
+        Judged(minute=row.at, version=versions[row.digest], right=row.correct, total=row.total) for row, _ in rows
+    ]
 
 
-def _measured_of(row: sa.Row[Any], version: int | None) -> Measured:
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What a series is about, and which sums tell it."""
+
+    connection: Connection
+    device: str
+    since: int
+    width: int  # of the sums; 0: what devices reported
+
+    def rows(self, finest: sums.Source, since: int, digests: Sequence[str]) -> Iterator[tuple[sa.Row[Any], int]]:
+        """Return rows from a time on, each with its span; sums in whose span the time falls are taken whole."""
+        for source, conditions in sums.sources_of(self.width, finest):
+            table = source.table
+            span = sums.span_of(source)
+            query = sa.select(table, source.at.label("at")).where(
+                table.c.device == self.device,
+                source.at > since - max(1, span),
+                table.c.digest.in_(digests),
+                *conditions,
+            )
+            for row in self.connection.execute(query):
+                yield row, span or getattr(row, "span", MINUTE)
+
+
+def _measured_of(row: sa.Row[Any], version: int | None, span: int) -> Measured:
     return Measured(
         start=row.start,
-        span=row.span,
+        span=span,
         version=version,
         requests=row.requests,
         errors=row.errors,

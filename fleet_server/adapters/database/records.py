@@ -32,6 +32,8 @@ def device_of(row: sa.Row[Any]) -> Device:
         certificate=row.certificate,
         enrolled_at=row.enrolled_at,
         revoked=row.revoked,
+        next_certificate=row.next_certificate,
+        open_until=row.open_until,
     )
 
 

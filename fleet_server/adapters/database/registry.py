@@ -1,5 +1,6 @@
 """Devices, tokens, bundles, and what each device should run: the parts of the database that people change."""
 
+import hashlib
 import hmac
 from collections.abc import Callable, Sequence
 
@@ -54,17 +55,17 @@ class DatabaseRegistry:
 
     def redeem_token(self, token_id: str, secret_sha256: str, now: int) -> TokenRecord:
         with dialect.writing(self._engine) as connection:
-            token = _token(connection, token_id)
-            if token is None or not hmac.compare_digest(token.secret_sha256, secret_sha256):
-                raise TokenRefused("the token is unknown")
+            token = _verified_token(connection, token_id, secret_sha256, now)
             if token.uses_left < 1:
                 raise TokenRefused("the token is used up")
-            if token.expires_at <= now:
-                raise TokenRefused("the token has expired")
             connection.execute(
                 tables.token.update().where(tables.token.c.id == token_id).values(uses_left=token.uses_left - 1)
             )
         return token
+
+    def check_token(self, token_id: str, secret_sha256: str, now: int) -> None:
+        with self._engine.connect() as connection:
+            _verified_token(connection, token_id, secret_sha256, now)
 
     def add_device(self, device: Device) -> None:
         row = {
@@ -77,6 +78,59 @@ class DatabaseRegistry:
         with dialect.writing(self._engine) as connection:
             if not dialect.insert_new(connection, tables.device, [row]):
                 raise DeviceExists(device.id)
+
+    def replace_device(self, device: Device, now: int) -> None:
+        with dialect.writing(self._engine) as connection:
+            known = _device(connection, device.id)
+            if known is None or known.open_until <= now:
+                raise DeviceExists(device.id)
+            _retire(connection, known, now, known.certificate, known.next_certificate)
+            _change(
+                connection,
+                device.id,
+                labels_json=to_json(device.labels),
+                certificate=device.certificate,
+                next_certificate="",
+                enrolled_at=device.enrolled_at,
+                revoked=False,
+                open_until=0,
+            )
+
+    def offer_certificate(self, device_id: str, certificate: str, now: int) -> None:
+        with dialect.writing(self._engine) as connection:
+            known = _device(connection, device_id)
+            if known is not None:
+                _retire(connection, known, now, known.next_certificate)
+                _change(connection, device_id, next_certificate=certificate)
+
+    def promote(self, device_id: str, certificate: str, now: int) -> None:
+        with dialect.writing(self._engine) as connection:
+            known = _device(connection, device_id)
+            if known is not None and known.next_certificate == certificate:
+                _retire(connection, known, now, known.certificate)
+                _change(connection, device_id, certificate=certificate, next_certificate="")
+
+    def revoke(self, device_id: str, now: int) -> None:
+        with dialect.writing(self._engine) as connection:
+            known = _device(connection, device_id)
+            if known is not None:
+                _retire(connection, known, now, known.certificate, known.next_certificate)
+                _change(connection, device_id, revoked=True, open_until=0)
+
+    def reopen(self, device_id: str, until: int) -> None:
+        with dialect.writing(self._engine) as connection:
+            _change(connection, device_id, open_until=until)
+
+    def retired(self) -> Sequence[str]:
+        query = sa.select(tables.retired_certificate.c.certificate).order_by("sha256")
+        with self._engine.connect() as connection:
+            return list(connection.scalars(query))
+
+    def forget_retired(self, certificates: Sequence[str]) -> None:
+        with dialect.writing(self._engine) as connection:
+            for certificate in certificates:
+                gone = tables.retired_certificate.c.sha256 == _sha256(certificate)
+                connection.execute(tables.retired_certificate.delete().where(gone))
 
     def device(self, device_id: str) -> Device | None:
         with self._engine.connect() as connection:
@@ -194,6 +248,39 @@ class DatabaseDesiredStates:
         query = sa.select(attempt.c.attempt).where(attempt.c.device == device_id, attempt.c.sha256 == sha256)
         with self._engine.connect() as connection:
             return connection.scalar(query) or 0
+
+
+def _verified_token(connection: Connection, token_id: str, secret_sha256: str, now: int) -> TokenRecord:
+    token = _token(connection, token_id)
+    if token is None or not hmac.compare_digest(token.secret_sha256, secret_sha256):
+        raise TokenRefused("the token is unknown")
+    if token.expires_at <= now:
+        raise TokenRefused("the token has expired")
+    return token
+
+
+def _device(connection: Connection, device_id: str) -> Device | None:
+    query = sa.select(tables.device).where(tables.device.c.id == device_id).with_for_update()
+    row = connection.execute(query).one_or_none()
+    return None if row is None else device_of(row)
+
+
+def _change(connection: Connection, device_id: str, **values: object) -> None:
+    connection.execute(tables.device.update().where(tables.device.c.id == device_id).values(**values))
+
+
+def _retire(connection: Connection, device: Device, now: int, *certificates: str) -> None:
+    """Note certificates that count no more; those noted before stay as they are."""
+    rows = [
+        {"sha256": _sha256(certificate), "device": device.id, "certificate": certificate, "retired_at": now}
+        for certificate in certificates
+        if certificate
+    ]
+    dialect.insert_new(connection, tables.retired_certificate, rows)
+
+
+def _sha256(certificate: str) -> str:
+    return hashlib.sha256(certificate.encode()).hexdigest()
 
 
 def _token(connection: Connection, token_id: str) -> TokenRecord | None:

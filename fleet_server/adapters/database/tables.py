@@ -10,7 +10,6 @@ from sqlalchemy import (
     Boolean,
     Column,
     ForeignKey,
-    ForeignKeyConstraint,
     Index,
     Integer,
     LargeBinary,
@@ -19,6 +18,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 
 # SQLite gives row numbers only to INTEGER PRIMARY KEY, which is 64 bits there; PostgreSQL needs BIGINT for the same.
@@ -44,6 +44,18 @@ device = Table(
     Column("certificate", Text, nullable=False),
     Column("enrolled_at", BigInteger, nullable=False),
     Column("revoked", Boolean, nullable=False),
+    Column("next_certificate", Text, nullable=False, server_default=""),  # issued; counts once its key has signed
+    Column("open_until", BigInteger, nullable=False, server_default="0"),  # until then the id may enrol again, once
+)
+
+# Certificates that count no more though they have not expired: what the broker's revocation list is made from.
+retired_certificate = Table(
+    "retired_certificate",
+    metadata,
+    Column("sha256", DIGEST, primary_key=True),
+    Column("device", DEVICE, ForeignKey("device.id"), nullable=False, index=True),
+    Column("certificate", Text, nullable=False),
+    Column("retired_at", BigInteger, nullable=False),
 )
 
 token = Table(
@@ -118,21 +130,26 @@ presence = Table(
     Column("reports", BigInteger, nullable=False),  # stored so far, deleted ones included
 )
 
+# What devices reported. Everything of a batch has one time of arrival, and the rows of a table are kept in slices by
+# it (`partitions.py`); PostgreSQL wants the arrival in the key for that. A report is known by its number, not by
+# its row (`position`).
 report = Table(
     "report",
     metadata,
+    Column("received_at", BigInteger, primary_key=True, autoincrement=False),
     Column("device", DEVICE, ForeignKey("device.id"), primary_key=True),
     Column("spool", STREAM_ID, primary_key=True),
     Column("sequence", BigInteger, primary_key=True, autoincrement=False),
     Column("covers", BigInteger, nullable=False),
     Column("dropped", BigInteger, nullable=False),
-    Column("received_at", BigInteger, nullable=False, index=True),
+    postgresql_partition_by="RANGE (received_at)",
 )
 
 # One row per report, window and model version. Start and span are by the device's clock.
 statistics = Table(
     "statistics",
     metadata,
+    Column("received_at", BigInteger, primary_key=True, autoincrement=False),
     Column("device", DEVICE, primary_key=True),
     Column("spool", STREAM_ID, primary_key=True),
     Column("sequence", BigInteger, primary_key=True, autoincrement=False),
@@ -148,15 +165,14 @@ statistics = Table(
     Column("latency_json", Text, nullable=False),
     Column("confidence_json", Text, nullable=False),
     Column("classes_json", Text, nullable=False),
-    ForeignKeyConstraint(
-        ["device", "spool", "sequence"], ["report.device", "report.spool", "report.sequence"], ondelete="CASCADE"
-    ),
     Index("ix_statistics_device_start", "device", "start"),
+    postgresql_partition_by="RANGE (received_at)",
 )
 
 resources = Table(
     "resources",
     metadata,
+    Column("received_at", BigInteger, primary_key=True, autoincrement=False),
     Column("device", DEVICE, primary_key=True),
     Column("spool", STREAM_ID, primary_key=True),
     Column("sequence", BigInteger, primary_key=True, autoincrement=False),
@@ -164,24 +180,66 @@ resources = Table(
     Column("start", BigInteger, nullable=False),
     Column("span", BigInteger, nullable=False),
     Column("resources_json", Text, nullable=False),
-    ForeignKeyConstraint(
-        ["device", "spool", "sequence"], ["report.device", "report.spool", "report.sequence"], ondelete="CASCADE"
-    ),
     Index("ix_resources_device_start", "device", "start"),
+    postgresql_partition_by="RANGE (received_at)",
 )
 
-# Truth arrives late, in any report, and adds up.
+# Truth arrives late, in any report. One row per report, version and minute of predictions; rows of a minute add up.
 truth = Table(
     "truth",
     metadata,
-    Column("device", DEVICE, ForeignKey("device.id"), primary_key=True),
+    Column("received_at", BigInteger, primary_key=True, autoincrement=False),
+    Column("device", DEVICE, primary_key=True),
+    Column("spool", STREAM_ID, primary_key=True),
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
     Column("digest", STREAM_ID, primary_key=True),
     Column("minute", BigInteger, primary_key=True, autoincrement=False),
     Column("correct", BigInteger, nullable=False),
     Column("total", BigInteger, nullable=False),
     Column("confusion_json", Text, nullable=False),
     Index("ix_truth_minute", "minute"),
-    Index("ix_truth_digest", "digest"),
+    Index("ix_truth_device_minute", "device", "minute"),
+    postgresql_partition_by="RANGE (received_at)",
+)
+
+
+def _sums(name: str) -> Table:
+    """Return a table of sums (`core/rollups.py`): per day of arrival, device, version and bucket."""
+    return Table(
+        name,
+        metadata,
+        Column("arrived", BigInteger, primary_key=True, autoincrement=False),  # start of the UTC day
+        Column("device", DEVICE, primary_key=True),
+        Column("digest", STREAM_ID, primary_key=True),
+        Column("start", BigInteger, primary_key=True, autoincrement=False),  # of the bucket, by the device's clock
+        Column("requests", BigInteger, nullable=False),
+        Column("errors", BigInteger, nullable=False),
+        Column("dropped", BigInteger, nullable=False),
+        Column("late", BigInteger, nullable=False),
+        Column("shed", BigInteger, nullable=False),
+        Column("latency_json", Text, nullable=False),
+        Column("confidence_json", Text, nullable=False),
+        Column("classes_json", Text, nullable=False),
+        Column("correct", BigInteger, nullable=False),
+        Column("total", BigInteger, nullable=False),
+        Column("confusion_json", Text, nullable=False),
+        Index(f"ix_{name}_device_start", "device", "start"),
+        Index(f"ix_{name}_digest", "digest"),
+        postgresql_partition_by="RANGE (arrived)",
+    )
+
+
+quarter = _sums("quarter")
+day = _sums("day")
+
+# Buckets whose sums are older than what they sum.
+dirty = Table(
+    "dirty",
+    metadata,
+    Column("width", BigInteger, primary_key=True, autoincrement=False),  # ms: a quarter of an hour, or a day
+    Column("arrived", BigInteger, primary_key=True, autoincrement=False),
+    Column("device", DEVICE, primary_key=True),
+    Column("start", BigInteger, primary_key=True, autoincrement=False),
 )
 
 event = Table(
@@ -228,18 +286,87 @@ dead_letter = Table(
     Column("received_at", BigInteger, nullable=False),
 )
 
+# What devices were asked to do once, and what became of it. Expiry is derived when it is read.
+command = Table(
+    "command",
+    metadata,
+    Column("id", STREAM_ID, primary_key=True),
+    Column("device", DEVICE, ForeignKey("device.id"), nullable=False),
+    Column("sequence", BigInteger, nullable=False),
+    Column("by", String(64), nullable=False),
+    Column("issued_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    Column("payload", LargeBinary, nullable=False),  # what is signed each time that it is sent
+    Column("outcome", String(32)),
+    Column("reason", String(64)),
+    Column("detail", Text, nullable=False),
+    Column("answered_at", BigInteger),
+    UniqueConstraint("device", "sequence"),
+)
+
 account = Table(
     "account",
     metadata,
     Column("name", String(64), primary_key=True),
     Column("password_hash", Text, nullable=False),
+    Column("role", String(16), nullable=False, server_default="admin"),
+    Column("disabled", Boolean, nullable=False, server_default=false()),
+    Column("created_at", BigInteger, nullable=False, server_default="0"),
+    Column("revision", BigInteger, nullable=False, server_default="1"),  # grows with each change
 )
 
+# A log-in changes its id now and then; the id before is then ``replaced`` and ends shortly after.
 session = Table(
     "session",
     metadata,
     Column("token_sha256", DIGEST, primary_key=True),
-    Column("account", String(64), ForeignKey("account.name"), nullable=False),
+    Column("account", String(64), ForeignKey("account.name"), nullable=False, index=True),
     Column("csrf", String(64), nullable=False),
     Column("expires_at", BigInteger, nullable=False),
+    Column("started_at", BigInteger, nullable=False, server_default="0"),  # the log-in
+    Column("renewed_at", BigInteger, nullable=False, server_default="0"),  # when it got this id
+    Column("replaced", Boolean, nullable=False, server_default=false()),
+)
+
+# For programs. Enrolment tokens of devices are in ``token``.
+api_token = Table(
+    "api_token",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("account", String(64), ForeignKey("account.name"), nullable=False, index=True),
+    Column("name", String(64), nullable=False),
+    Column("secret_sha256", DIGEST, nullable=False),
+    Column("scopes_json", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    Column("last_used_at", BigInteger),
+    Column("revoked_at", BigInteger),
+)
+
+# Who did what. Each row seals the one before it (`core/audit.py`); nothing here is ever changed or deleted.
+audit = Table(
+    "audit",
+    metadata,
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    Column("at", BigInteger, nullable=False),
+    Column("who", String(64), nullable=False),
+    Column("by", String(64), nullable=False),
+    Column("address", String(64), nullable=False),
+    Column("action", String(64), nullable=False),
+    Column("about", Text, nullable=False),
+    Column("result", String(16), nullable=False),
+    Column("detail", Text, nullable=False),
+    Column("previous", DIGEST, nullable=False),
+    Column("digest", DIGEST, nullable=False),
+    Index("ix_audit_who", "who", "sequence"),
+)
+
+# Answers to requests that carried an Idempotency-Key, sealed with that key; without an answer it is under way.
+kept_answer = Table(
+    "kept_answer",
+    metadata,
+    Column("key_sha256", DIGEST, primary_key=True),
+    Column("request_sha256", DIGEST, nullable=False),
+    Column("at", BigInteger, nullable=False, index=True),
+    Column("sealed", LargeBinary),
 )

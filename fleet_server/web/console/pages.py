@@ -16,13 +16,15 @@ from litestar.exceptions import HTTPException, NotAuthorizedException, TooManyRe
 from litestar.params import FromPath, QueryParameter, URLEncodedBody
 from litestar.response import Redirect
 
+from fleet_server.access import ADMIN
 from fleet_server.api_types import DeviceView, ModelVersion, SeriesPoint
+from fleet_server.core.access import Permission, Standing
 from fleet_server.core.series import MINUTE
 from fleet_server.web.api.routes import device_or_404
-from fleet_server.web.auth import ADMIN, GivenDoorkeeper, address_of, session_of
+from fleet_server.web.auth import GivenDoorkeeper, caller_of, needs
 from fleet_server.web.console import words
 from fleet_server.web.console.charts import Chart, Sample, draw, nice_top
-from fleet_server.web.overview import overview_of, trust_of
+from fleet_server.web.overview import overview_of, trust_of, versions_of
 from fleet_server.web.services import GivenParts
 from protocol.metrics import Proportion
 from protocol.states import PresenceState
@@ -51,8 +53,8 @@ def make_environment() -> Environment:
 
 
 _WORDS = (
-    "presence", "deployment", "kind", "reason", "percent", "evidence", "latency", "size", "count", "turned_away",
-    "cpu", "memory", "readings", "ago", "iso", "clock",
+    "presence", "deployment", "kind", "reason", "sentences", "percent", "evidence", "latency", "size", "count",
+    "turned_away", "cpu", "memory", "readings", "ago", "iso", "clock",
 )  # fmt: skip
 _environment = make_environment()
 
@@ -71,30 +73,30 @@ class ModelCharts:
 
 # ---------------------------------------------------------------- log-in
 # Not in a thread: it reads nothing, and Litestar 2.25 wraps the first of two handlers of one path twice.
-@get("/login", opt={"open": True}, sync_to_thread=False)
+@get("/login", opt=needs(Standing.ANYBODY), sync_to_thread=False)
 def login_page() -> Response[str]:
     """Show the log-in form."""
     return _page("login.html", message=None)
 
 
-@post("/login", opt={"open": True, "form": True}, sync_to_thread=True)
+@post("/login", opt=needs(Standing.ANYBODY, form=True), sync_to_thread=True)
 def login(data: Form, request: AnyRequest, doorkeeper: GivenDoorkeeper) -> Response[Any]:
     """Log in and go to the fleet."""
     try:
-        cookie = doorkeeper.log_in(address_of(request), data.get("user", ADMIN), data.get("password", ""))
+        cookies = doorkeeper.log_in(request, data.get("user", ADMIN), data.get("password", ""))
     except (NotAuthorizedException, TooManyRequestsException) as error:
         return _page("login.html", status=error.status_code, message=error.detail)
-    return Redirect("/", status_code=303, cookies=[cookie])
+    return Redirect("/", status_code=303, cookies=cookies)
 
 
-@post("/logout", opt={"form": True}, sync_to_thread=True)
+@post("/logout", opt=needs(Standing.PERSON, form=True), sync_to_thread=True)
 def logout(request: AnyRequest, doorkeeper: GivenDoorkeeper) -> Redirect:
     """End the session."""
-    return Redirect("/login", status_code=303, cookies=[doorkeeper.log_out(session_of(request))])
+    return Redirect("/login", status_code=303, cookies=[doorkeeper.log_out(request)])
 
 
 # ---------------------------------------------------------------- pages
-@get("/", sync_to_thread=True)
+@get("/", opt=needs(Permission.LOOK), sync_to_thread=True)
 def fleet_page(request: AnyRequest, parts: GivenParts, fragment: Fragment = 0) -> Response[str]:
     """Show the fleet."""
     devices = parts.queries.devices()
@@ -105,13 +107,14 @@ def fleet_page(request: AnyRequest, parts: GivenParts, fragment: Fragment = 0) -
         active="fleet",
         now=parts.clock(),
         overview=overview_of(parts, devices),
+        hindered=[v for v in versions_of(parts) if v.hindrance and v.running_on],
         states=tuple(PresenceState),
         devices=devices,
         events=parts.queries.events(limit=EVENTS_ON_OVERVIEW),
     )
 
 
-@get("/devices/{device_id:str}", sync_to_thread=True)
+@get("/devices/{device_id:str}", opt=needs(Permission.LOOK), sync_to_thread=True)
 def device_page(
     device_id: FromPath[str], request: AnyRequest, parts: GivenParts, fragment: Fragment = 0
 ) -> Response[str]:
@@ -130,10 +133,10 @@ def device_page(
     )
 
 
-@get("/models", sync_to_thread=True)
+@get("/models", opt=needs(Permission.LOOK), sync_to_thread=True)
 def models_page(request: AnyRequest, parts: GivenParts, fragment: Fragment = 0) -> Response[str]:
     """Show published versions and how well they do."""
-    versions = parts.queries.model_versions()
+    versions = versions_of(parts)
     return _live(
         "models.html",
         request,
@@ -153,7 +156,7 @@ def error_page(error: HTTPException) -> Response[str]:
 def _live(template: str, request: AnyRequest, fragment: int, **facts: object) -> Response[str]:
     """Return a page, or only the part of it that changes."""
     name = f"_{template}" if fragment else template
-    return _render(name, 200, {**facts, "csrf": session_of(request).csrf, "path": request.url.path})
+    return _render(name, 200, {**facts, "csrf": caller_of(request).csrf, "path": request.url.path})
 
 
 def _page(template: str, *, status: int = 200, message: str | None) -> Response[str]:

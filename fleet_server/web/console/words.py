@@ -6,6 +6,8 @@ A state is never colour alone: it has a mark, a word and a tone. Tones are CSS c
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
+from fleet_server.api_types import ModelOnDevice
+from fleet_server.core.care import say_terms
 from protocol.messages import Resources
 from protocol.metrics import Proportion
 from protocol.states import DeploymentState, EventKind, PresenceState, RejectReason
@@ -40,6 +42,7 @@ DEPLOYMENT = {
     DeploymentState.DOWNLOADING: Mark(sign="↓", word="downloading", tone="busy"),
     DeploymentState.STAGED: Mark(sign="→", word="staged", tone="busy"),
     DeploymentState.SELFTEST: Mark(sign="→", word="self-test", tone="busy"),
+    DeploymentState.SHADOW: Mark(sign="◑", word="in the shadow", tone="busy"),
     DeploymentState.SWAPPING: Mark(sign="→", word="swapping", tone="busy"),
     DeploymentState.PROBATION: Mark(sign="◔", word="on probation", tone="busy"),
     DeploymentState.COMMITTED: Mark(sign="✓", word="committed", tone="good"),
@@ -48,6 +51,35 @@ DEPLOYMENT = {
     DeploymentState.FAILED: Mark(sign="✕", word="failed", tone="bad"),
     DeploymentState.REJECTED: Mark(sign="✕", word="rejected", tone="bad"),
     DeploymentState.SUPERSEDED: Mark(sign="·", word="superseded", tone="quiet"),
+}
+REASON = {
+    RejectReason.BAD_SIGNATURE: "not signed by the keys that must",
+    RejectReason.REPLAYED: "older than what the device had accepted",
+    RejectReason.EXPIRED: "its signed metadata has expired",
+    RejectReason.MALFORMED: "not what a sound server sends",
+    RejectReason.INCOMPLETE: "a part is missing",
+    RejectReason.WRONG_DEVICE: "signed for another device",
+    RejectReason.NOT_RELEASED: "the release team did not release it",
+    RejectReason.DISAGREEMENT: "not what the release team signed",
+    RejectReason.BELOW_FLOOR: "below the floor of this model",
+    RejectReason.YANKED: "yanked by the release team",
+    RejectReason.HASH_MISMATCH: "the bytes are not the signed ones",
+    RejectReason.BAD_BUNDLE: "the bundle is broken",
+    RejectReason.WRONG_RELEASE: "the bundle names another release than was signed",
+    RejectReason.DOES_NOT_FIT: "does not fit this device",
+    RejectReason.SELFTEST_FAILED: "failed its trial on the device",
+    RejectReason.NO_SPACE: "no space on the disk",
+    RejectReason.UNREACHABLE: "could not be downloaded",
+    RejectReason.SWAP_FAILED: "the data plane could not take it up",
+    RejectReason.CRASHED_IN_PROBATION: "the data plane died while it was on probation",
+    RejectReason.INTERRUPTED: "power was lost too often while it was on probation",
+    RejectReason.SHADOW_FAILED: "answered too differently in the shadow",
+    RejectReason.TOO_MANY_ERRORS: "failed too many requests on probation",
+    RejectReason.TOO_SLOW: "much slower than the version before",
+    RejectReason.CONFIDENCE_COLLAPSED: "much less sure than the version before",
+    RejectReason.GOLDEN_FAILED: "its golden samples do not agree where it serves",
+    RejectReason.LOOPING: "too many orders within an hour; left alone for an hour",
+    RejectReason.TAKEN_BACK: "taken back by a person at the device",
 }
 KIND = {
     EventKind.DEPLOYMENT: "update",
@@ -76,7 +108,13 @@ def kind(value: EventKind) -> str:
 
 def reason(value: RejectReason | None) -> str:
     """Return a reason as words."""
-    return value.value.replace("-", " ") if value else ""
+    return REASON.get(value, value.value.replace("-", " ")) if value else ""
+
+
+def sentences(model: ModelOnDevice) -> list[str]:
+    """Return how careful the order for a model is, how its shadow went, and what its newest step says."""
+    said = (say_terms(model.shadow, forced=model.forced), model.shadow_verdict, model.detail)
+    return [sentence for sentence in dict.fromkeys(said) if sentence]
 
 
 def percent(proportion: Proportion | None) -> str:

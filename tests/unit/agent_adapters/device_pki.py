@@ -48,13 +48,16 @@ class Authority:
     def pem(self) -> str:
         return _pem(self.certificate)
 
-    def server_files(self, folder: Path, *, host: str = "127.0.0.1", expired: bool = False) -> tuple[Path, Path]:
+    def server_files(
+        self, folder: Path, *, host: str = "127.0.0.1", expired: bool = False, starts_in_days: int = -30
+    ) -> tuple[Path, Path]:
         """Write certificate and key of a server; return their paths."""
         key = ec.generate_private_key(ec.SECP256R1())
-        end = _TODAY - _DAY if expired else _TODAY + 30 * _DAY
+        start = _TODAY + starts_in_days * _DAY
+        end = _TODAY - _DAY if expired else start + 60 * _DAY
         names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(host))])
         certificate = (
-            self._builder(_name("server"), key.public_key(), _TODAY - 30 * _DAY, end)
+            self._builder(_name("server"), key.public_key(), start, end)
             .add_extension(names, critical=False)
             .sign(self.key, hashes.SHA256())
         )

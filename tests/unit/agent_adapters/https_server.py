@@ -12,6 +12,7 @@ class Request(BaseHTTPRequestHandler):
     """One request; a test's answer writes to it."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two writes; the second must not wait for an acknowledgement
     timeout = 10  # seconds; a client that keeps a connection open must not hold up the end of a test
     server: "_Server"
 

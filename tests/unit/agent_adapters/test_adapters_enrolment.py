@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -217,22 +217,80 @@ def test_an_enrolled_device_is_left_alone_unless_forced(fleet: FleetServer, file
 
     try_enrol(fleet, files, force=True)
 
-    assert key_of(fleet.requests[0].csr) == key_of(fleet.requests[1].csr)
+    assert key_of(fleet.requests[0].csr) != key_of(fleet.requests[1].csr)
+    assert files.load().key.public_key() == key_of(fleet.requests[1].csr)
 
 
-Interruption = Callable[[Path], None]
-
-
-def test_a_power_cut_in_mid_store_counts_as_not_enrolled(
-    fleet: FleetServer, files: IdentityFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_power_cut_in_mid_store_leaves_the_old_identity_whole(
+    fleet: FleetServer, files: IdentityFolder, tmp_path: Path
 ) -> None:
-    """Even over an old enrolment: new and old files are never taken for one identity."""
+    """New and old files are never taken for one identity, and the request is made again with the same new key."""
     try_enrol(fleet, files)
-    folder = tmp_path / "identity"
-    (folder / "director_root.json").unlink()
-    (folder / "director_root.json").mkdir()  # the write of this file fails, as if the power went
+    blocked = tmp_path / "identity" / "director_root-1.json"
+    blocked.mkdir()  # the write of this file fails, as if the power went
 
     with pytest.raises(Trouble):
         try_enrol(fleet, files, force=True)
 
-    assert not files.enrolled()
+    assert files.load().key.public_key() == key_of(fleet.requests[0].csr)
+    blocked.rmdir()
+    try_enrol(fleet, files, force=True)
+    assert files.load().key.public_key() == key_of(fleet.requests[1].csr) == key_of(fleet.requests[2].csr)
+
+
+# ---------------------------------------------------------------- attacks on an enrolment, and accidents
+def test_a_man_in_the_middle_who_puts_a_ca_of_his_own_beside_the_true_one_gets_no_secret(
+    authority: Authority, files: IdentityFolder, tmp_path: Path
+) -> None:
+    """A list of CAs may hold the pinned one; that makes the others no better."""
+    liar = Authority()
+    with https_server(liar.server_tls(tmp_path / "tls")) as book:
+        middle = FleetServer(book, authority)
+        middle.ca = (authority.pem + liar.pem).encode()
+
+        with pytest.raises(Weather, match="CERTIFICATE_VERIFY_FAILED"):
+            try_enrol(middle, files)
+
+    assert middle.requests == []
+
+
+def test_a_device_learns_the_next_ca_at_its_enrolment(fleet: FleetServer, files: IdentityFolder) -> None:
+    following = Authority(name="Next CA")
+    fleet.ca = (fleet.authority.pem + following.pem).encode()
+    fleet.changes = {"ca": fleet.ca.decode()}
+
+    try_enrol(fleet, files)
+
+    assert files.holds(following.pem + fleet.authority.pem)
+
+
+def test_a_clock_ten_years_behind_does_not_hinder_an_enrolment(
+    authority: Authority, files: IdentityFolder, tmp_path: Path
+) -> None:
+    """For such a clock, the server's certificate is of the future; the pinned CA dates nothing ahead."""
+    with https_server(authority.server_tls(tmp_path / "tls", starts_in_days=3650)) as book:
+        try_enrol(FleetServer(book, authority), files)
+
+    assert files.enrolled()
+
+
+def test_a_clock_ten_years_ahead_is_named_and_nothing_is_sent(
+    authority: Authority, files: IdentityFolder, tmp_path: Path
+) -> None:
+    """For such a clock the server's certificate has expired, and nobody can tell that from one that has."""
+    with https_server(authority.server_tls(tmp_path / "tls", expired=True)) as book:
+        server = FleetServer(book, authority)
+
+        with pytest.raises(Weather, match="By the clock of this device it is"):
+            try_enrol(server, files)
+
+    assert server.requests == []
+
+
+def test_a_fleet_token_with_the_pin_of_another_fleet_is_worth_nothing(
+    fleet: FleetServer, files: IdentityFolder
+) -> None:
+    with pytest.raises(Trouble, match="token is of another server"):
+        try_enrol(fleet, files, token=fleet.token(authority=Authority(name="another fleet's")))
+
+    assert fleet.requests == []

@@ -402,6 +402,12 @@ def test_resume_after_power_loss(name: str, state: S, active: str, expected: tup
     assert expected == (resumed.state, effect)
 
 
+def test_a_model_that_was_withdrawn_as_the_power_went_does_not_come_back() -> None:
+    withdrawn, _ = advance(ON_V2, Happened(event=Event.WITHDRAWN), NOW)
+    assert (withdrawn, Effect.REMOVE) == resume(withdrawn, V2.digest, NOW)
+    assert (withdrawn, Effect.TIDY) == resume(withdrawn, None, NOW)
+
+
 def test_too_many_power_losses_in_probation_take_the_model_back() -> None:
     record = after(ON_V2, assigned(3), Event.STORED, Event.PASSED, Event.SERVING)
     for _ in range(MAX_PROBATION_INTERRUPTIONS):
@@ -418,6 +424,7 @@ def objected(version: int, attempt: int = 1, reason: RejectReason = RejectReason
 
 LOOPED = msgspec.structs.replace(ON_V2, state=S.FAILED, reason=RejectReason.LOOPING, since=NOW - 1)
 FAILED_V3 = msgspec.structs.replace(ON_V2, state=S.FAILED, target=example_target("digits", 3))
+STAGED_V3 = msgspec.structs.replace(FAILED_V3, state=S.STAGED)
 REJECTED_V2 = msgspec.structs.replace(ON_V2, state=S.REJECTED, target=objected(2))
 PURSUITS = [
     ("nothing was ever asked", IDLE, example_target("digits", 1), True),
@@ -442,6 +449,16 @@ PURSUITS = [
         False,
     ),
     ("on its way already", msgspec.structs.replace(FAILED_V3, state=S.STAGED), example_target("digits", 3), False),
+    ("the same order again while it waits", STAGED_V3, example_target("digits", 3, attempt=2), False),
+    ("forced while it waits", STAGED_V3, example_target("digits", 3, attempt=2, forced=True), True),
+    ("a shadow while it waits", STAGED_V3, example_target("digits", 3, attempt=2, shadow=ShadowTerms()), True),
+    ("other terms for the same attempt mean nothing", STAGED_V3, example_target("digits", 3, forced=True), False),
+    (
+        "other terms once it serves change nothing",
+        msgspec.structs.replace(STAGED_V3, state=S.PROBATION),
+        example_target("digits", 3, attempt=2, forced=True),
+        False,
+    ),
     (
         "superseded, wanted again",
         msgspec.structs.replace(FAILED_V3, state=S.SUPERSEDED),

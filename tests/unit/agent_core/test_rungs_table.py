@@ -2,7 +2,7 @@
 
 import pytest
 
-from agent.core.rungs import Rung, choose, name, weigh
+from agent.core.rungs import Rung, choose, name, summary, weigh
 from protocol.states import RuntimeName
 
 L, T = RuntimeName.LITERT, RuntimeName.TFLITE_RUNTIME
@@ -69,3 +69,11 @@ def test_a_delegate_has_to_be_worth_it(rungs: list[Rung], refused: str, chosen: 
     best = choose(weighed)
     assert (weighed[0].refused, name(best) if best else None) == (refused, chosen)
     assert weigh(weighed) == weighed
+
+
+def test_the_fleet_is_told_the_whole_table_best_first() -> None:
+    measured = [rung(T, 1, 0, "golden sample 3 differs"), rung(L, 1, 100), rung(L, 2, 60), accelerated(90)]
+    assert (
+        "litert x 2 60 us (p95 0, 0.0 MiB), litert x 1 100 us (p95 0, 0.0 MiB), "
+        "tflite-runtime x 1 not: golden sample 3 differs, litert x 1 + tpu not: not faster than litert x 2 with 60 us"
+    ) == summary(measured)

@@ -125,7 +125,8 @@ def _written(value: object) -> str:
 
 def test_bounds_of_server_toml_are_those_that_are_checked() -> None:
     bounded = {key: cells[1] for key, cells in rows(SERVER).items() if cells[1]}
-    assert ["broker_admin_port", "retention_days"] == list(bounded)
+    kept = ["retention_days", "quarter_retention_days", "daily_retention_days"]
+    assert ["broker_admin_port", *kept] == list(bounded)
     for key, bounds in bounded.items():
         low, high = (int(bound) for bound in bounds.split("…"))
         for right in (low, high):
@@ -138,7 +139,7 @@ def test_bounds_of_server_toml_are_those_that_are_checked() -> None:
 def test_flags_of_the_settings_page_are_in_the_command_line_page() -> None:
     flags = {cells[2].strip("`") for cells in rows(SERVER).values() if cells[2]}
     (serve,) = re.findall(
-        r"^### edgewarden-server serve$(.*?)^## ", (REFERENCE / "cli.md").read_text(), re.MULTILINE | re.DOTALL
+        r"^### edgewarden-server serve$(.*?)^##", (REFERENCE / "cli.md").read_text(), re.MULTILINE | re.DOTALL
     )
     known = {word.split()[0] for word in re.findall(r"^\| `(--[^`]*)`", serve, re.MULTILINE)}
     assert known - {"--config", "--log-level"} == flags
@@ -155,7 +156,7 @@ def generate() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["cli.md", "states.md"])
+@pytest.mark.parametrize("name", ["access.md", "cli.md", "states.md"])
 def test_a_page_is_what_the_programs_say_today(generate: ModuleType, name: str) -> None:
     made = generate.pages()[name]
     assert made == (REFERENCE / name).read_text(), "run: python docs/reference/generate.py"

@@ -13,6 +13,8 @@ from agent.channel import (
     Answer,
     ChannelClosed,
     Drain,
+    Open,
+    Opened,
     Order,
     Ready,
     Refused,
@@ -74,6 +76,8 @@ class FakePlane:
                         took_us=1,
                     )
                 )
+            case Open():
+                self._answers.put(Opened())
             case Withdraw():
                 self._answers.put(Withdrawn(ticket=order.ticket, model=order.model))
             case Drain():

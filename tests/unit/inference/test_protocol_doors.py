@@ -7,7 +7,7 @@ import pytest
 from inference_parts import engine, servable
 
 from agent.config import InferenceSettings, load_settings
-from agent.daemon import _data_plane_options
+from agent.daemon import data_plane_options
 from agent.inference.parsing import Head, HttpError
 from agent.inference.routes import Routes
 from agent.ports import Trouble
@@ -15,12 +15,12 @@ from protocol.settings import BadSettings
 
 
 def test_nothing_is_opened_unless_it_is_set() -> None:
-    options = _data_plane_options(InferenceSettings())
+    options = data_plane_options(InferenceSettings(), "info")
     assert not {"--grpc", "--allow-repository-control"} & set(options)
 
 
 def test_what_is_set_reaches_the_data_plane() -> None:
-    options = _data_plane_options(InferenceSettings(grpc="127.0.0.1:8001", allow_repository_control=True))
+    options = data_plane_options(InferenceSettings(grpc="127.0.0.1:8001", allow_repository_control=True), "info")
     assert "127.0.0.1:8001" == options[options.index("--grpc") + 1]
     assert "--allow-repository-control" in options
 
@@ -44,7 +44,7 @@ def test_a_missing_extra_is_named_before_anything_starts(monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.delitem(sys.modules, "grpc", raising=False)
     with pytest.raises(Trouble, match="gRPC is not installed") as trouble:
-        _data_plane_options(InferenceSettings(grpc="127.0.0.1:8001"))
+        data_plane_options(InferenceSettings(grpc="127.0.0.1:8001"), "info")
     assert "edgewarden[grpc]" in trouble.value.remedy
 
 

@@ -12,14 +12,25 @@ from protocol.bundle import digest_of, read_manifest, write_bundle
 from protocol.codec import (
     CODECS,
     decode_acknowledgement,
+    decode_command_envelope,
     decode_desired_state,
     decode_device_state,
     decode_event,
+    decode_reply,
     decode_report,
     decode_server_state,
     encode,
 )
-from protocol.device_api import DeviceApiError, EnrolRequest, EnrolResponse
+from protocol.commands import (
+    PAYLOAD_TYPE,
+    Command,
+    RenewCertificateCommand,
+    RestartDataPlaneCommand,
+    SelfTestCommand,
+    decode_command,
+    encode_command,
+)
+from protocol.device_api import DeviceApiError, EnrolRequest, EnrolResponse, RenewRequest, RenewResponse, Standing
 from protocol.manifest import (
     Calibrator,
     Golden,
@@ -33,9 +44,12 @@ from protocol.manifest import (
 from protocol.messages import (
     Acknowledgement,
     Birth,
+    CommandEnvelope,
     DesiredState,
+    EnvelopeSignature,
     Event,
     Farewell,
+    Reply,
     Report,
     Resources,
     RunningModel,
@@ -44,7 +58,7 @@ from protocol.messages import (
     Window,
 )
 from protocol.release import Assignment, DeviceConfig, DirectorScope, ShadowTerms, release_of
-from protocol.states import DeploymentState, EventKind, RejectReason, RuntimeName
+from protocol.states import CommandOutcome, DeploymentState, EventKind, RejectReason, RuntimeName
 from protocol.statistics import Histogram, ModelStatistics, TruthStatistics
 
 FOLDER = Path(protocol.__file__).parent / "golden"
@@ -182,6 +196,30 @@ MESSAGES: dict[str, tuple[msgspec.Struct, Callable[[bytes], msgspec.Struct]]] = 
         DesiredState(root=(b'{"root":2}',), timestamp=b'{"t":1}', snapshot=b'{"s":1}', targets=b'{"d":1}'),
         decode_desired_state,
     ),
+    "acknowledgement-replies-1": (
+        Acknowledgement(spool="00112233aabbccdd", at=NOON, events=7, replies=4, missing_replies=((2, 3),)),
+        decode_acknowledgement,
+    ),
+    "reply-1": (
+        Reply(
+            spool="00112233aabbccdd",
+            sequence=3,
+            at=NOON,
+            command="c-0a1b",
+            outcome=CommandOutcome.REFUSED,
+            reason=RejectReason.REPLAYED,
+            detail="sequence 8 comes after 9",
+        ),
+        decode_reply,
+    ),
+    "command-envelope-1": (
+        CommandEnvelope(
+            payload=b'{"device":"cam-7"}',
+            payload_type=PAYLOAD_TYPE,
+            signatures=(EnvelopeSignature(keyid="ab" * 32, sig=bytes(range(64))),),
+        ),
+        decode_command_envelope,
+    ),
     "server-state-1": (ServerState(up=True, epoch="e90c", at=NOON), decode_server_state),
 }
 
@@ -196,6 +234,9 @@ DOCUMENTS: dict[str, msgspec.Struct] = {
         broker_port=8883,
         labels={"site": "oslo"},
     ),
+    "standing-1": Standing(ca="PEM", expires=NOON),
+    "renew-request-1": RenewRequest(csr="PEM"),
+    "renew-response-1": RenewResponse(certificate="PEM", ca="PEM"),
     "device-api-error-1": DeviceApiError(error="the token is used up", remedy="ask for a new one"),
     "release-1": release_of(MANIFEST),
     "assignment-1": Assignment(rollout="r-12", attempt=2),
@@ -216,6 +257,28 @@ def test_a_message_of_this_version_reads_and_writes_as_ever(name: str) -> None:
 def test_what_was_deflated_with_dictionary_1_is_read_for_ever(name: str) -> None:
     message, decode = MESSAGES[name]
     assert message == decode((FOLDER / f"{name}.deflate").read_bytes())
+
+
+COMMANDS = {
+    "command-self-test-1": SelfTestCommand(model="digits"),
+    "command-restart-data-plane-1": RestartDataPlaneCommand(),
+    "command-renew-certificate-1": RenewCertificateCommand(),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_of_this_version_reads_and_writes_as_ever(name: str) -> None:
+    command = Command(
+        device="cam-7",
+        id="c-0a1b",
+        sequence=NOON,
+        issued=NOON,
+        expires=NOON + 600_000,
+        command=COMMANDS[name],
+    )
+    frozen = (FOLDER / f"{name}.json").read_bytes().rstrip(b"\n")
+    assert command == decode_command(frozen)
+    assert frozen == encode_command(command)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -241,7 +304,7 @@ def test_a_bundle_of_this_format_is_the_same_bytes_as_ever() -> None:
 
 
 def test_nothing_else_is_frozen_here() -> None:
-    expected = {f"{name}.json" for name in (*MESSAGES, *DOCUMENTS, "manifest-1")}
+    expected = {f"{name}.json" for name in (*MESSAGES, *DOCUMENTS, *COMMANDS, "manifest-1")}
     expected |= {f"{name}.deflate" for name in MESSAGES} | {"bundle-1.ewb"}
     assert expected == {file.name for file in FOLDER.iterdir()}
 

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 import protocol
-from protocol import device_api, manifest, messages, names, release, statistics
-from protocol.states import DeploymentState, EventKind, RejectReason, RuntimeName, Task
+from protocol import commands, device_api, manifest, messages, names, release, statistics
+from protocol.states import CommandOutcome, DeploymentState, EventKind, RejectReason, RuntimeName, Task
 from protocol.topics import ROOT, SERVER_STATE, Channel
 
 README = (Path(protocol.__file__).parent / "README.md").read_text()
@@ -17,7 +17,7 @@ CODE_ONLY = {"EnrolmentToken", "Strict"}  # travels as text ([EW-7.2]); base cla
 STRUCTS = sorted(
     {
         value
-        for module in (messages, statistics, device_api, release, manifest)
+        for module in (messages, commands, statistics, device_api, release, manifest)
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, msgspec.Struct) and value.__name__ not in CODE_ONLY
     }
@@ -46,7 +46,7 @@ def test_every_field_on_the_wire_is_listed_and_no_other(struct: type[msgspec.Str
     assert wire_fields(struct) == {wire: name for wire, name, _ in rows}
 
 
-@pytest.mark.parametrize("words", [DeploymentState, RejectReason, EventKind, RuntimeName, Task])
+@pytest.mark.parametrize("words", [DeploymentState, RejectReason, EventKind, CommandOutcome, RuntimeName, Task])
 def test_every_fixed_word_is_listed(words: type[Enum]) -> None:
     listed = set(re.findall(r"^\| `([\w-]+)` \|", README.split("## 10.")[-1], re.MULTILINE))
     assert {word.value for word in words} <= listed

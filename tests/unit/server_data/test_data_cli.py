@@ -15,7 +15,6 @@ from fleet_server.cli.__main__ import app
 from fleet_server.cli.orders import Watcher
 from fleet_server.cli.session import Session
 from fleet_server.ports import Batch
-from fleet_server.web import auth
 from protocol.messages import RunningModel
 from protocol.states import DeploymentState as D
 from protocol.states import EventKind, RejectReason
@@ -41,7 +40,6 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
 
 @pytest.fixture
 def run(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["Command"]:
-    monkeypatch.setattr(auth, "ATTEMPTS", 1000)  # every test logs in
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setenv("EDGEWARDEN_SERVER", web.url)
     monkeypatch.setenv("EDGEWARDEN_PASSWORD", "correct horse")

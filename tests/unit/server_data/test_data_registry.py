@@ -1,21 +1,11 @@
-"""Devices, tokens, bundles and desires on a real SQLite, and the schema itself."""
+"""Devices, tokens, bundles and desires, on both databases."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import alembic.autogenerate
-import alembic.command
-import alembic.config
-import alembic.migration
 import pytest
-from data_world import NOW, birth, bundle, database, desire, enrol, event, report
-from sqlalchemy.dialects import postgresql
+from data_world import NOW, birth, bundle, desire, enrol, event
 from sqlalchemy.engine import Engine
-from sqlalchemy.schema import CreateTable
 
-from fleet_server.adapters.database import dialect, tables
-from fleet_server.adapters.database.opening import MIGRATIONS, open_database
 from fleet_server.adapters.database.registry import (
     DatabaseDesiredStates,
     DatabaseRegistry,
@@ -29,9 +19,8 @@ from protocol.states import DeploymentState, PresenceState
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
-    with database(tmp_path) as opened:
-        yield opened
+def engine(opened: Engine) -> Engine:
+    return opened
 
 
 def registry_of(engine: Engine, now: int = NOW) -> DatabaseRegistry:
@@ -40,42 +29,6 @@ def registry_of(engine: Engine, now: int = NOW) -> DatabaseRegistry:
 
 def token(uses: int = 1) -> TokenRecord:
     return TokenRecord(id="t1", secret_sha256="h", labels={"site": "oslo"}, uses_left=uses, expires_at=NOW + 1000)
-
-
-# ---------------------------------------------------------------- schema
-def test_the_migrations_give_exactly_the_tables(engine: Engine) -> None:
-    with engine.connect() as connection:
-        context = alembic.migration.MigrationContext.configure(connection)
-        assert alembic.autogenerate.compare_metadata(context, tables.metadata) == []
-
-
-def test_reports_of_the_first_schema_are_kept_and_their_refusals_are_not_told_apart(engine: Engine) -> None:
-    enrol(engine, "cam-1")
-    batch = Batch(reports=[("cam-1", report(1, turned_away=(9, 4, 3)))], received_at=NOW)
-    DatabaseTelemetry(engine).store(batch)
-    config = alembic.config.Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
-    for move, version in ((alembic.command.downgrade, "0001"), (alembic.command.upgrade, "head")):
-        with dialect.writing(engine) as connection:
-            config.attributes["connection"] = connection
-            move(config, version)
-    with engine.connect() as connection:
-        (row,) = connection.execute(tables.statistics.select())
-    assert (row.requests, row.dropped, row.late, row.shed) == (10, 9, 0, 0)
-
-
-def test_several_servers_may_open_the_same_new_database_at_once(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'race.db'}"
-    with ThreadPoolExecutor(4) as pool:
-        engines = list(pool.map(open_database, [url] * 4))
-    for engine in engines:
-        assert registry_of(engine).devices() == []
-        engine.dispose()
-
-
-@pytest.mark.parametrize("table", tables.metadata.sorted_tables, ids=lambda table: table.name)
-def test_every_table_can_be_made_on_postgresql(table: tables.Table) -> None:
-    assert "CREATE TABLE" in str(CreateTable(table).compile(dialect=postgresql.dialect()))
 
 
 # ---------------------------------------------------------------- tokens

@@ -1,36 +1,34 @@
-"""Storing telemetry on a real SQLite: once, whatever the order, and acknowledged exactly."""
+"""Storing telemetry, on both databases: once, whatever the order, and acknowledged exactly."""
 
-import shutil
-import sqlite3
-import tempfile
 from collections.abc import Iterator
 from itertools import cycle
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from data_world import DIGEST, MINUTE, NOW, birth, bundle, database, enrol, event, report, rows_of
-from hypothesis import given, settings
+from data_world import DIGEST, MINUTE, NOW, Databases, birth, bundle, enrol, event, impatient, report, rows_of
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.engine import Engine
 
+from fleet_server.adapters.database import dialect, tables
 from fleet_server.adapters.database import telemetry as module
 from fleet_server.adapters.database.queries import Queries
 from fleet_server.adapters.database.registry import DatabaseReleases
+from fleet_server.adapters.database.retention import Retention
 from fleet_server.adapters.database.telemetry import DatabaseTelemetry
+from fleet_server.core.rollups import DAY, Kept
 from fleet_server.ingest import StoreUnavailable
 from fleet_server.ports import Batch
 from protocol.messages import Acknowledgement, Report, Resources
 from protocol.metrics import proportion
 
-FACTS = ("report", "statistics", "resources", "truth", "event", "position")
+FACTS = ("report", "statistics", "resources", "truth", "event", "position", "dirty")
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
-    with database(tmp_path) as opened:
-        enrol(opened, "cam-1", "cam-2")
-        yield opened
+def engine(opened: Engine) -> Engine:
+    enrol(opened, "cam-1", "cam-2")
+    return opened
 
 
 def store(engine: Engine, *reports: Report, device: str = "cam-1") -> dict[str, Acknowledgement]:
@@ -48,39 +46,28 @@ SET = (
 )
 
 
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with one device, to copy."""
-    folder = tmp_path_factory.mktemp("empty")
-    with database(folder) as opened:
-        enrol(opened, "cam-1")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def expected(empty: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[object, ...]]]:
-    """The rows when each report comes once and in order."""
-    folder = tmp_path_factory.mktemp("expected")
-    shutil.copytree(empty, folder, dirs_exist_ok=True)
-    with database(folder) as opened:
-        store(opened, *SET)
-        return rows_of(opened, *FACTS)
-
-
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.sampled_from(SET), max_size=6).flatmap(lambda again: st.permutations([*SET, *again])),
     st.lists(st.integers(1, 4), min_size=1, max_size=12),
 )
 def test_any_order_and_repetition_gives_the_same_rows_and_acknowledges_all(
-    empty: Path, expected: dict[str, list[tuple[object, ...]]], arrivals: list[Report], sizes: list[int]
+    engine: Engine, arrivals: list[Report], sizes: list[int]
 ) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(empty, folder, dirs_exist_ok=True)
-        with database(Path(folder)) as actual:
-            last = [store(actual, *chunk) for chunk in chunks_of(arrivals, sizes)][-1]["cam-1"]
-            assert rows_of(actual, *FACTS) == expected
-            assert (last.telemetry, last.missing_telemetry) == (7, ())
+    empty(engine)
+    store(engine, *SET)
+    expected = rows_of(engine, *FACTS)
+    empty(engine)
+    last = [store(engine, *chunk) for chunk in chunks_of(arrivals, sizes)][-1]["cam-1"]
+    assert rows_of(engine, *FACTS) == expected
+    assert (last.telemetry, last.missing_telemetry) == (7, ())
+
+
+def empty(engine: Engine) -> None:
+    """Hypothesis runs all its examples on one database."""
+    with dialect.writing(engine) as connection:
+        for name in (*FACTS, "presence"):
+            connection.execute(tables.metadata.tables[name].delete())
 
 
 def chunks_of(arrivals: list[Report], sizes: list[int]) -> Iterator[list[Report]]:
@@ -95,9 +82,9 @@ def test_truth_of_one_minute_adds_up_over_reports(engine: Engine) -> None:
     store(engine, *SET)
     store(engine, *SET)
     with engine.connect() as connection:
-        query = sa.text("select minute, correct, total, confusion_json from truth order by minute")
-        rows = [tuple(row) for row in connection.execute(query)]
-    assert rows == [(NOW, 8, 10, "[[0,0,8],[1,0,1],[2,1,1]]"), (NOW + 2 * MINUTE, 2, 2, "[[1,1,2]]")]
+        query = sa.text("select minute, sum(correct), sum(total) from truth group by minute order by minute")
+        rows = [tuple(map(int, row)) for row in connection.execute(query)]
+    assert rows == [(NOW, 8, 10), (NOW + 2 * MINUTE, 2, 2)]
 
 
 def test_an_acknowledgement_names_what_is_missing(engine: Engine) -> None:
@@ -145,26 +132,20 @@ def test_dead_letters_are_kept_short_and_few(engine: Engine, monkeypatch: pytest
     ]
 
 
-def test_while_another_writer_holds_the_database_nothing_is_written(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with engine.connect() as connection:
-        connection.exec_driver_sql("PRAGMA busy_timeout=50")
-    blocker = sqlite3.connect(tmp_path / "test.db", isolation_level=None)
-    try:
-        blocker.execute("BEGIN IMMEDIATE")
-        with pytest.raises(StoreUnavailable):
-            store(engine, report(1))
-        blocker.execute("ROLLBACK")
-    finally:
-        blocker.close()
+def test_while_another_writer_holds_the_database_nothing_is_written(databases: Databases, engine: Engine) -> None:
+    impatient(engine)
+    with databases.blocked(engine), pytest.raises(StoreUnavailable):
+        store(engine, report(1))
     assert rows_of(engine, "report", "position") == {"report": [], "position": []}
     assert store(engine, report(1))["cam-1"].telemetry == 1
 
 
 def test_old_reports_are_forgotten_but_never_stored_again(engine: Engine) -> None:
     store(engine, report(1, truth=((0, 0, 1),)), report(2))
-    assert DatabaseTelemetry(engine).forget(before=NOW + 1) == 2
+    retention = Retention(engine, kept=Kept(raw=1))
+    retention.forget(NOW + DAY - 1)
+    assert len(rows_of(engine, "report")["report"]) == 2
+    retention.forget(NOW + 2 * DAY)
     assert store(engine, report(1, truth=((0, 0, 1),)))["cam-1"].telemetry == 2
     empty = {"report": [], "statistics": [], "truth": []}
     assert rows_of(engine, *empty) == empty

@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 from web_world import Web, running_web
 
 from fleet_server.cli.__main__ import app
-from fleet_server.web import auth
 from protocol.bundle import digest_of
 from protocol.manifest import Golden, Manifest, Needs, TensorSpec, encode_manifest
 from protocol.states import RuntimeName
@@ -18,7 +17,6 @@ from protocol.states import RuntimeName
 
 @pytest.fixture
 def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
-    monkeypatch.setattr(auth, "ATTEMPTS", 1000)
     server = tmp_path / "server"
     server.mkdir()
     with running_web(server) as running:

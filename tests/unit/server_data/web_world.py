@@ -1,7 +1,9 @@
 """A fleet server's web on ephemeral ports: real database, keys, CA and folders; only the broker is played."""
 
+import secrets
 import ssl
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,26 +21,35 @@ from data_world import database
 from litestar import Litestar
 from sqlalchemy.engine import Engine
 
+from fleet_server.access import Access, make_admin
+from fleet_server.adapters.admin_password import first_password
 from fleet_server.adapters.artifacts import ArtifactFolder
 from fleet_server.adapters.authority import CertificateAuthority
 from fleet_server.adapters.database.accounts import DatabaseAccounts
+from fleet_server.adapters.database.audit_log import DatabaseAuditLog
+from fleet_server.adapters.database.commands import DatabaseCommands
+from fleet_server.adapters.database.kept_answers import DatabaseKeptAnswers
 from fleet_server.adapters.database.queries import Queries
 from fleet_server.adapters.database.registry import DatabaseDesiredStates, DatabaseRegistry, DatabaseReleases
 from fleet_server.adapters.database.telemetry import DatabaseTelemetry
 from fleet_server.adapters.deltas import DeltaFolder
 from fleet_server.adapters.director import OnlineDirector
 from fleet_server.adapters.image_repository import ImageFolder
+from fleet_server.adapters.passwords import Argon2Passwords
+from fleet_server.commands import Commands
 from fleet_server.enrolment import Enrolment
+from fleet_server.membership import Membership
 from fleet_server.publishing import Publishing
 from fleet_server.rollouts import Rollouts
-from fleet_server.web.auth import Doorkeeper, make_admin
+from fleet_server.web.auth import Doorkeeper
 from fleet_server.web.console_app import console_litestar
 from fleet_server.web.device_app import device_app
 from fleet_server.web.headers import with_security_headers
+from fleet_server.web.repeats import Repeats
 from fleet_server.web.services import Parts
 from fleet_server.web.serving import Site, Tls, WebServer, listen
 from protocol.device_api import AUDIENCE
-from protocol.messages import Acknowledgement, DesiredState
+from protocol.messages import Acknowledgement, CommandEnvelope, DesiredState
 
 PASSWORD = "correct horse"
 
@@ -59,6 +70,8 @@ class SilentUplink:
 
     wants: list[str] = field(default_factory=list)
     admitted: list[str] = field(default_factory=list)
+    commands: list[tuple[str, CommandEnvelope, int]] = field(default_factory=list)
+    expelled: list[str] = field(default_factory=list)
 
     def publish_desired(self, device_id: str, message: DesiredState) -> None:
         assert message.targets
@@ -67,8 +80,15 @@ class SilentUplink:
     def acknowledge(self, device_id: str, acknowledgement: Acknowledgement) -> None:
         raise AssertionError("the web acknowledges nothing")
 
+    def send_command(self, device_id: str, envelope: CommandEnvelope, *, life_seconds: int) -> None:
+        self.commands.append((device_id, envelope, life_seconds))
+
     def admit(self, device_id: str) -> None:
         self.admitted.append(device_id)
+
+    def expel(self, device_id: str) -> bool:
+        self.expelled.append(device_id)
+        return True
 
 
 @dataclass(kw_only=True)
@@ -77,6 +97,7 @@ class Web:
 
     engine: Engine
     parts: Parts
+    access: Access
     uplink: SilentUplink
     clock: Clock
     app: Litestar
@@ -111,12 +132,12 @@ def running_web(folder: Path) -> Iterator[Web]:
     (folder / "admin-password").write_text(PASSWORD + "\n")
     clock = Clock()
     with database(folder) as engine:
-        accounts = DatabaseAccounts(engine)
-        make_admin(accounts, folder)
+        access = make_access(engine)
+        make_admin(access, lambda: first_password(folder), clock())
         authority = CertificateAuthority(folder / "authority", hosts=["localhost"], now=clock())
         uplink = SilentUplink()
         parts = make_parts(engine, authority, uplink, folder, clock)
-        doorkeeper = Doorkeeper(accounts, clock=clock, secure=False)
+        doorkeeper = Doorkeeper(access, Repeats(DatabaseKeptAnswers(engine), clock), clock=clock, secure=False)
         files = authority.server_files()
         app = console_litestar(parts, doorkeeper)
         console = Site(app=with_security_headers(app), listener=listen("127.0.0.1", 0))
@@ -127,20 +148,32 @@ def running_web(folder: Path) -> Iterator[Web]:
         )
         server = WebServer([console, devices])
         server.start()
-        context = ssl.create_default_context(cadata=authority.ca_certificate().decode())
-        with urllib3.PoolManager(ssl_context=context, retries=False, timeout=20.0) as pool:
-            yield Web(
-                engine=engine,
-                parts=parts,
-                uplink=uplink,
-                clock=clock,
-                app=app,
-                console_port=console.port,
-                device_port=devices.port,
-                telemetry=DatabaseTelemetry(engine),
-                pool=pool,
-            )
-        server.stop()
+        try:
+            context = ssl.create_default_context(cadata=authority.ca_certificate().decode())
+            with urllib3.PoolManager(ssl_context=context, retries=False, timeout=20.0) as pool:
+                yield Web(
+                    engine=engine,
+                    parts=parts,
+                    access=access,
+                    uplink=uplink,
+                    clock=clock,
+                    app=app,
+                    console_port=console.port,
+                    device_port=devices.port,
+                    telemetry=DatabaseTelemetry(engine),
+                    pool=pool,
+                )
+        finally:
+            server.stop()
+
+
+def make_access(engine: Engine) -> Access:
+    return Access(
+        accounts=DatabaseAccounts(engine),
+        audit=DatabaseAuditLog(engine),
+        passwords=Argon2Passwords(),
+        random_bytes=secrets.token_bytes,
+    )
 
 
 def make_parts(
@@ -165,6 +198,7 @@ def make_parts(
             broker_host="localhost",
             broker_port=8883,
         ),
+        membership=Membership(registry=registry, authority=authority, uplink=uplink),
         publishing=Publishing(releases=releases, director=director, image=image, artifacts=artifacts),
         rollouts=Rollouts(
             registry=registry,
@@ -174,6 +208,14 @@ def make_parts(
             uplink=uplink,
             new_id=partial(str, "order"),
             hindrance=image.hindrance,
+        ),
+        commands=Commands(
+            registry=registry,
+            store=DatabaseCommands(engine),
+            signer=director,
+            uplink=uplink,
+            new_id=lambda: uuid.uuid4().hex,
+            is_ready=lambda: True,
         ),
         authority=authority,
         director=director,

@@ -27,6 +27,7 @@ from fleet_server.cli.publish import Published, Publisher, Source
 from fleet_server.cli.session import ApiError
 from fleet_server.cli.signing import now_utc, sign_first
 from fleet_server.enrolment import DeviceExists, Enrolment, TokenRefused
+from fleet_server.membership import Membership
 from fleet_server.ports import (
     DeploymentRecord,
     Device,
@@ -58,6 +59,7 @@ class MemoryRegistry:
     tokens: dict[str, TokenRecord] = field(default_factory=dict)
     known: dict[str, Device] = field(default_factory=dict)
     births: dict[str, Birth] = field(default_factory=dict)
+    counting_no_more: list[str] = field(default_factory=list)
 
     def add_token(self, token: TokenRecord) -> None:
         self.tokens[token.id] = token
@@ -68,6 +70,11 @@ class MemoryRegistry:
             raise TokenRefused("the enrolment token is unknown, wrong, used up or expired")
         self.tokens[token_id] = replace(token, uses_left=token.uses_left - 1)
         return token
+
+    def check_token(self, token_id: str, secret_sha256: str, now: int) -> None:
+        token = self.tokens.get(token_id)
+        if token is None or token.secret_sha256 != secret_sha256 or token.expires_at <= now:
+            raise TokenRefused("the enrolment token is unknown, wrong or expired")
 
     def add_device(self, device: Device) -> None:
         if device.id in self.known:
@@ -86,8 +93,39 @@ class MemoryRegistry:
             device=device_id, birth=birth, connected=birth is not None, said_goodbye=False, last_seen=None
         )
 
-    def revoke(self, device_id: str) -> None:
-        self.known[device_id] = replace(self.known[device_id], revoked=True)
+    def replace_device(self, device: Device, now: int) -> None:
+        known = self.known[device.id]
+        if known.open_until <= now:
+            raise DeviceExists(device.id)
+        self._retire(known.certificate, known.next_certificate)
+        self.known[device.id] = device
+
+    def offer_certificate(self, device_id: str, certificate: str, now: int) -> None:
+        self._retire(self.known[device_id].next_certificate)
+        self.known[device_id] = replace(self.known[device_id], next_certificate=certificate)
+
+    def promote(self, device_id: str, certificate: str, now: int) -> None:
+        known = self.known[device_id]
+        if known.next_certificate == certificate:
+            self._retire(known.certificate)
+            self.known[device_id] = replace(known, certificate=certificate, next_certificate="")
+
+    def revoke(self, device_id: str, now: int = 0) -> None:
+        known = self.known[device_id]
+        self._retire(known.certificate, known.next_certificate)
+        self.known[device_id] = replace(known, revoked=True, open_until=0)
+
+    def reopen(self, device_id: str, until: int) -> None:
+        self.known[device_id] = replace(self.known[device_id], open_until=until)
+
+    def retired(self) -> Sequence[str]:
+        return list(self.counting_no_more)
+
+    def forget_retired(self, certificates: Sequence[str]) -> None:
+        self.counting_no_more = [c for c in self.counting_no_more if c not in certificates]
+
+    def _retire(self, *certificates: str) -> None:
+        self.counting_no_more += [c for c in certificates if c and c not in self.counting_no_more]
 
     def put(self, *device_ids: str) -> None:
         """Add devices without the ceremony of enrolment."""
@@ -142,6 +180,8 @@ class MemoryDesiredStates:
 @dataclass
 class MemoryUplink:
     admitted: list[str] = field(default_factory=list)
+    expelled: list[str] = field(default_factory=list)
+    reachable: bool = True
     retained: dict[str, DesiredState] = field(default_factory=dict)
     published: list[str] = field(default_factory=list)
 
@@ -155,6 +195,11 @@ class MemoryUplink:
     def admit(self, device_id: str) -> None:
         self.admitted.append(device_id)
 
+    def expel(self, device_id: str) -> bool:
+        self.expelled.append(device_id)
+        self.retained.pop(device_id, None)
+        return self.reachable
+
 
 # ---------------------------------------------------------------- the world
 class World:
@@ -163,6 +208,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.random = random.Random(7)
+        self.replaced: list[bool] = []  # how often the broker was to learn of retired certificates
         self.registry, self.releases = MemoryRegistry(), MemoryReleases()
         self.desired, self.uplink = MemoryDesiredStates(), MemoryUplink()
         self.keys = KeyFolder(folder / "KEYS")
@@ -193,7 +239,9 @@ class World:
             random_bytes=self.random.randbytes,
             broker_host="fleet.example",
             broker_port=8883,
+            on_replaced=lambda: self.replaced.append(True),
         )
+        self.membership = Membership(registry=self.registry, authority=self.authority, uplink=self.uplink)
         self.rollouts = Rollouts(
             registry=self.registry,
             releases=self.releases,
