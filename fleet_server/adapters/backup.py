@@ -5,12 +5,15 @@ nothing is unpacked that does not agree. Not in it: what the server makes anew (
 are in it, so it is readable to its owner only; whoever has it has the server.
 """
 
+import errno
 import hashlib
 import os
 import secrets
 import shutil
 import stat
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -26,6 +29,10 @@ MANIFEST, DATABASE, DATA = "manifest.json", "database.db", "data/"
 MADE_ANEW = frozenset({"lock", "deltas", "broker"})
 UNFINISHED = "restore-unfinished"
 MAX_MANIFEST = 64 * 1024 * 1024  # bytes
+# What zipfile raises over files that are damaged: zlib.error within a member, RuntimeError for a mark of encryption,
+# NotImplementedError for unknown methods, ValueError and struct.error for cut headers.
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError, ValueError, struct.error)
+_PLACES_THAT_ARE_NONE = (None, errno.EINVAL)  # it seeks before the file's beginning, or finds no stream there
 MAX_FILES = 200_000
 TRIES = 5
 _COPY = 1 << 20  # bytes at a time
@@ -204,7 +211,11 @@ def _unpack(path: Path, folder: Path, *, room: int) -> Manifest:
             _check_members(archive, manifest, room)
             for member in manifest.members:
                 _unpack_member(archive, member, folder)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+    except _UNREADABLE as error:
+        raise BadBackup(f"{path} is not a backup, or damaged: {error}") from error
+    except OSError as error:
+        if error.errno not in _PLACES_THAT_ARE_NONE:  # a disk that is full, or gone, is another matter
+            raise
         raise BadBackup(f"{path} is not a backup, or damaged: {error}") from error
     return manifest
 

@@ -5,6 +5,7 @@ that know what they knew then; what must be true afterwards is checked here, in 
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,22 +39,22 @@ _IDENTITY = re.compile(r"identity(/identity\.json|/(key|cert|ca)(-\d)?\.pem|/(im
 _FILES_OF_AN_IDENTITY = 6
 
 
-class Story:
+class Story(ABC):
     """What a sweep needs of a story."""
 
     name: str
 
+    @abstractmethod
     def prepare(self, folder: Path) -> None:
         """Make the disk on which it begins."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tell(self, folder: Path, scratch: Path, recorder: Recorder) -> None:
         """Tell all of it, once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def go_on(self, folder: Path, scratch: Path, moment: Moment) -> Problems:
         """Start again on the disk of a moment, and go on to the end."""
-        raise NotImplementedError
 
 
 def told(said: Said, kind: str) -> list[tuple[Any, ...]]:

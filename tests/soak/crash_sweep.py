@@ -26,8 +26,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parent / "unit" / "agent_adapters")]
 
 import crash_stories  # noqa: E402 - the project is found first
-from crash_journal import MODES, Moment, lay_out, moments, recording  # noqa: E402
-from crash_world import Fleet, far_ends  # noqa: E402
+from crash_journal import MODES, Moment, lay_out, moments, recording  # noqa: E402 - as above
+from crash_world import Fleet, far_ends  # noqa: E402 - as above
 
 IN_MEMORY = Path("/dev/shm")
 SHOWN = 50  # failures that are told in full

@@ -1,5 +1,7 @@
 """Backups: whole, of one moment, refused when damaged; and a fleet whose server was restored can still be reached."""
 
+import json
+import random
 import stat
 import threading
 import zipfile
@@ -16,7 +18,7 @@ from sqlalchemy.engine import Engine
 from tuf.api.metadata import Metadata, Root
 
 from fleet_server.adapters import backup as module
-from fleet_server.adapters.backup import BadBackup, Manifest, make_backup, refuse_unfinished, restore_backup
+from fleet_server.adapters.backup import BadBackup, Manifest, _unpack, make_backup, refuse_unfinished, restore_backup
 from fleet_server.adapters.database import dialect, snapshot, tables
 from fleet_server.adapters.database.opening import open_database
 from fleet_server.adapters.database.registry import DatabaseDesiredStates, DatabaseRegistry, DatabaseReleases
@@ -324,6 +326,39 @@ def test_what_is_damaged_or_hostile_is_refused_and_nothing_is_touched(
         restore_backup(bad, target, f"sqlite:///{target / 'edgewarden.db'}", force=False, now=NOW)
     assert list(target.iterdir()) == []
     assert not (tmp_path / "admin-password").exists()
+
+
+def test_whatever_bits_are_flipped_it_is_refused_in_words_or_is_whole(tmp_path: Path) -> None:
+    """zipfile raises six kinds of errors over damaged files; not one may reach the operator as it is."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "admin-password").write_text("secret\n")
+    url = f"sqlite:///{data / 'edgewarden.db'}"
+    open_database(url).dispose()
+    good, bad = tmp_path / "good.zip", tmp_path / "bad.zip"
+    make_backup(data, url, good, now=NOW)
+    whole, chance = _shrunk(good), random.Random(7)
+    refused = 0
+    for _ in range(3000):
+        damaged = bytearray(whole)
+        damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        bad.write_bytes(damaged)
+        try:
+            _unpack(bad, tmp_path / "unpacked", room=10**9)
+        except BadBackup:
+            refused += 1
+    assert refused > 1000
+
+
+def _shrunk(good: Path) -> bytes:
+    """Return a backup of its manifest and password alone, compressed by somebody: more of it can be damaged."""
+    small = good.with_suffix(".small")
+    with zipfile.ZipFile(good) as old, zipfile.ZipFile(small, "w", zipfile.ZIP_DEFLATED) as new:
+        manifest = json.loads(old.read("manifest.json"))
+        manifest["members"] = [one for one in manifest["members"] if one["name"] == "data/admin-password"]
+        new.writestr("manifest.json", json.dumps(manifest))
+        new.writestr("data/admin-password", old.read("data/admin-password"))
+    return small.read_bytes()
 
 
 def test_a_restore_that_was_cut_short_is_told_and_can_be_repeated(

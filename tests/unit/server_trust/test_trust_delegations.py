@@ -288,9 +288,9 @@ def test_a_stolen_online_key_signs_nothing_that_a_client_takes_after_the_change(
     device.look_up()
     image = ready.image
     image.renew(now_ms() + 6 * DAY)
-    forged = stolen.sign(image._timestamp)  # type: ignore[type-var]
+    forged = stolen.sign(image._timestamp)  # type: ignore[type-var]  # there is one: it was renewed above
     honest = image.metadata
-    image.metadata = lambda name: forged if name == "timestamp.json" else honest(name)  # type: ignore[method-assign]
+    image.metadata = lambda name: forged if name == "timestamp.json" else honest(name)  # type: ignore[method-assign]  # forged
     with pytest.raises(Exception, match="timestamp was signed by 0/1 keys"):
         device.look_up()
 
